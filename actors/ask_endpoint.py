@@ -50,12 +50,14 @@ class Endpoint:
     retries: int = 5  # after a failure that may pass
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])  # of the request; null leaves one out
 
-    def server(self) -> ChatCompletions:
-        """Raises ConfigError for a variable that is not set."""
+    def server(self, patience_s: float) -> ChatCompletions:
+        """``patience_s``: the longest Retry-After that is waited for.  Raises ConfigError for a variable that
+        is not set.
+        """
         key = os.environ.get(self.key_env, "") if self.key_env else ""
         if self.key_env and not key:
             raise ConfigError(f"--key-env {self.key_env}: no such environment variable is set")
-        limits: dict[str, Any] = {"retries": self.retries, "try_s": self.try_s}
+        limits: dict[str, Any] = {"retries": self.retries, "try_s": self.try_s, "patience_s": patience_s}
         return ChatCompletions(self.url, self.model, self.parameters, key=key, **limits)
 
     def problem(self, config: Config) -> str:
@@ -106,7 +108,7 @@ async def _ask(
             tell(kind, f"{text} (more of this kind are counted)")
 
     process.prepare()
-    server, limit = endpoint.server(), asyncio.Semaphore(endpoint.concurrency)
+    server, limit = endpoint.server(config.rollout.tree_deadline_s), asyncio.Semaphore(endpoint.concurrency)
     progress = Shown(len(asked), config.observe.progress_s)
     async with AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

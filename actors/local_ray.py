@@ -35,14 +35,6 @@ SETTINGS = {
 }
 _DIRECTORY = 40  # bytes of Ray's directory, below which its sockets have addresses of up to 107
 _SHORT = Path("/tmp")
-_AGENTS = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
-_PORTS: Any = (  # of the agents; Ray has no types for its compiled part
-    _raylet.METRICS_AGENT_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
-    _raylet.METRICS_EXPORT_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
-    _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
-    _raylet.RUNTIME_ENV_AGENT_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
-)
-_PERSIST: Any = _raylet.persist_port  # pyright: ignore[reportAttributeAccessIssue]
 _COMMAND = "_build_python_executable_command_memory_profileable"  # of a Python process of Ray's
 _NO_PORT = -1  # what an agent says that serves nothing
 _LISTENS_S = 5.0  # for a raylet to listen; after that Ray waits for it, looking every second
@@ -50,29 +42,17 @@ _LOOK_S = 0.005
 
 
 @contextlib.contextmanager
-def lean() -> Generator[None]:
+def lean(*, agents: bool = False) -> Generator[None]:
     """Around ``ray.init``, which has no settings for these: no autoscaler, no log monitor, no dashboard
-    (``include_dashboard=False`` starts one for usage statistics, and waits for it), no agents; and workers
-    that are forked, where there is a fork server.
-
-    The agents measure for a dashboard, and prepare environments of workers that are not the driver's
-    (``runtime_env``); a raylet starts none of its workers before both have said where they listen, having
-    imported Ray.
+    (``include_dashboard=False`` starts one for usage statistics, and waits for it); and workers that are
+    forked, where there is a fork server.  ``agents``: with Ray's own agents (``cluster.ray_agents``).
     """
     settings: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
     if forked.SOCKET in os.environ:
         settings["setup_worker_path"] = str(Path(forked.__file__).resolve())
-    command_of: Any = getattr(services, _COMMAND)
     start_raylet = node.Node.start_raylet
 
-    def command(component: str, *arguments: Any, **more: Any) -> list[str]:
-        if component not in _AGENTS:
-            return command_of(component, *arguments, **more)
-        return [sys.executable, "-I", "-S", str(Path(no_agent.__file__).resolve())]
-
     def start(self: Any, *arguments: Any, **more: Any) -> None:
-        for name in _PORTS:
-            _PERSIST(self._session_dir, self._node_id, name, _NO_PORT)
         start_raylet(self, *arguments, **more)
         until = time.monotonic() + _LISTENS_S
         while not os.path.exists(self.raylet_socket_name) and time.monotonic() < until:
@@ -82,8 +62,40 @@ def lean() -> Generator[None]:
         patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, **settings)),
         patch.object(node.Node, "start_api_server", lambda self, **_: None),
         patch.object(node.Node, "start_raylet", start),
-        patch.object(services, _COMMAND, command),
+        contextlib.nullcontext() if agents else _without_agents(),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_agents() -> Generator[None]:
+    """Let raylets start :mod:`.no_agent` in the place of their two agents.
+
+    These measure for a dashboard, and prepare environments of workers that are not the driver's
+    (``runtime_env``); a raylet starts none of its workers before both have said where they listen, having
+    imported Ray.
+    """
+    compiled: Any = _raylet  # Ray has no types for it
+    ports = (
+        compiled.METRICS_AGENT_PORT_NAME,
+        compiled.METRICS_EXPORT_PORT_NAME,
+        compiled.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+        compiled.RUNTIME_ENV_AGENT_PORT_NAME,
+    )
+    agents = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
+    command_of, start_raylet = getattr(services, _COMMAND), node.Node.start_raylet
+
+    def command(component: str, *arguments: Any, **more: Any) -> list[str]:
+        if component not in agents:
+            return command_of(component, *arguments, **more)
+        return [sys.executable, "-I", "-S", str(Path(no_agent.__file__).resolve())]
+
+    def start(self: Any, *arguments: Any, **more: Any) -> None:
+        for name in ports:
+            compiled.persist_port(self._session_dir, self._node_id, name, _NO_PORT)
+        start_raylet(self, *arguments, **more)
+
+    with patch.object(services, _COMMAND, command), patch.object(node.Node, "start_raylet", start):
         yield
 
 

@@ -1,6 +1,7 @@
 """In place of one of Ray's agents, of which nobody here asks anything: waits for the end of the raylet.
 
-A raylet starts two agents and ends with either of them (:mod:`.local_ray`).  A script of the standard library
+A raylet starts two agents and ends with either of them (:mod:`.local_ray`); ``cluster.ray_agents=true`` has
+them back.  A script of the standard library
 alone; its arguments are those of the agent.
 """
 

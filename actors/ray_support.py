@@ -73,7 +73,7 @@ def ray_session(config: Config, root: Path) -> Generator[bool]:
         stack.enter_context(_environment(defaults))
         stack.callback(ray.shutdown)
         try:
-            with contextlib.nullcontext() if given else lean():
+            with contextlib.nullcontext() if given else lean(agents=config.cluster.ray_agents):
                 ray.init(
                     address=given or "local",
                     include_dashboard=False,
@@ -82,8 +82,13 @@ def ray_session(config: Config, root: Path) -> Generator[bool]:
                     namespace=f"espalier-{os.getpid()}",
                 )
         except Exception as error:  # Ray's own kinds, of which there are many
-            what = f"does not answer at {given}: correct cluster.address" if given else "does not start here"
-            raise StartFailed(f"Ray {what}: {error}") from error
+            if given:
+                told = f"Ray does not answer at {given}: correct cluster.address: {error}"
+            else:
+                told = f"Ray does not start here: {error}"
+                if not config.cluster.ray_agents:
+                    told += "; cluster.ray_agents=true starts it with its own agents"
+            raise StartFailed(told) from error
         yield bool(given)
 
 

@@ -204,7 +204,8 @@ class RunActors:
         arrivals = Arrivals(tell)
         corpus = corpus_file(config, task, run_dir.root)
         learner = LearnerGroup(config.learn.ranks, places, config.cluster)
-        await arrivals.of("a new model", new_model(model, config, task))
+        if not config.model.path:
+            await arrivals.of("a new model", new_model(model, config, task))
         root, settings = run_dir.root.resolve(), to_dict(config)
         # By which a directory of weights that runs share knows whose is what.
         settings["run"] |= {"dir": str(root.parent), "name": root.name}

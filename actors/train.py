@@ -159,7 +159,6 @@ async def _to_its_end(
     else:
         if config.warmstart.steps:
             # Thousands of them take seconds: beside the event loop, which hears signals and heartbeats.
-            # No name holds them: they would be there to the end of the run.
             await conductor.warm_start(await asyncio.to_thread(demonstrations, config, run.task, run.model))
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():

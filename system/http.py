@@ -6,7 +6,6 @@ given for that server and no other.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import json
 import math
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from system.awake import AwakeTimeout
 from system.errors import EspalierError
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -112,7 +112,7 @@ class HttpClient:
         """The JSON object that a server answers; empty when it answers something else than JSON.
 
         ``body``: sent as JSON, bytes as they are.  Raises :class:`HttpError` for any failure, and after
-        ``limit_s`` seconds (None: the caller sets the deadline).
+        ``limit_s`` seconds in which the event loop runs (None: the caller sets the deadline).
         """
         content: dict[str, Any] = {"json": body}
         headers: dict[str, str] = {}
@@ -121,7 +121,7 @@ class HttpClient:
         try:
             headers |= self.authorization(url)
             async with (
-                asyncio.timeout(limit_s),
+                AwakeTimeout(limit_s),
                 self.session.request(
                     method, url, headers=headers, allow_redirects=False, **content
                 ) as response,

@@ -267,7 +267,7 @@ REWARDS = Registry(
         "task": "system.tasks.base:task_reward",
         "environment": "system.rollout.rewards.environment:EnvironmentReward",
     },
-    offered=("config", "secret", "store"),
+    offered=("config", "deadline_s", "secret", "store"),
     methods=("score", "score_group"),
 )
 SYNTAXES = Registry(

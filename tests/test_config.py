@@ -491,6 +491,8 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
         ),
         (["learn.lora.targets=[q, k, v, o, gate, up, down]"], []),  # as older runs have it
         (["learn.teacher_coef=0.5"], ["learn.teacher_coef=0.5 will do nothing: learn.teacher=none"]),
+        (["cluster.ray_agents=true"], []),
+        (["cluster.ray_agents=true", "cluster.address=a:1"], ["cluster.ray_agents=true will do nothing"]),
         (["engine=sglang", "engine.sglang={mem_fraction_static: 0.8}"], []),
         (
             ["engine=sglang", "engine.sglang={mem_fraction_static: 0.8}", "engine.urls=[http://a]"],

@@ -26,6 +26,7 @@ from system.agents.launch import (
 from system.agents.replay import ReplayScript
 from system.agents.runner import AgentRunner
 from system.agents.session import AgentSession
+from system.awake import AwakeTimeout
 from system.errors import leaves
 from system.rollout.branching import Never
 from system.rollout.failure import ENGINE_LOST, too_few
@@ -136,13 +137,13 @@ class GroupRollout:
 
     async def _run_agents(self) -> bool:
         """Run all; returns whether the tree's deadline cut them off."""
-        deadline = asyncio.timeout(self.context.config.tree_deadline_s)
+        deadline = AwakeTimeout(self.context.config.tree_deadline_s)
         try:
             async with deadline, self._agents:
                 for _ in range(self._roots):
                     self._start(Origin.ROOT)
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             return True
         return False
@@ -189,13 +190,13 @@ class GroupRollout:
 
     async def _agent(self, session: AgentSession) -> tuple[Ran, Outcome]:
         """Run the agent in ``session`` until it ends, or has to."""
-        deadline = asyncio.timeout(self.runner.settings.deadline_s)
+        deadline = AwakeTimeout(self.runner.settings.deadline_s)
         try:
             async with deadline:
                 task = told(self.prompt, self.runner.columns)
                 return await self.runner.run(session, task), Outcome.ENDED
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             return Ran(), Outcome.DEADLINE
         except AgentFailed as error:

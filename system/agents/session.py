@@ -22,6 +22,7 @@ from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Ref
 from system.agents.model import FROZEN, ServedModel
 from system.agents.turn import AgentTurn
 from system.agents.wire import Answer
+from system.awake import AwakeTimer, awake_s
 from system.engine.protocol import EngineError, EngineLost, GenerateRequest, Sampling
 from system.plugins import PluginError
 from system.rollout.codec import TemplateRefused
@@ -74,9 +75,7 @@ class AgentSession:
         self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
         self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
         self._seeds = np.random.Generator(np.random.PCG64(seed))
-        loop = asyncio.get_running_loop()
-        self._expiry, self._now = loop.call_later(deadline_s, self._expire), loop.time
-        self._heard_s = self._now()
+        self._expiry, self._heard_s = AwakeTimer(deadline_s, self._expire), awake_s()
 
     def ask(self, request: ChatRequest, digest: bytes, retry: bool) -> AgentTurn:
         """The answer to ``request``, on its way.
@@ -184,12 +183,12 @@ class AgentSession:
 
     def heard(self) -> None:
         """The agent has been heard of."""
-        self._heard_s = self._now()
+        self._heard_s = awake_s()
 
     @property
     def quiet_s(self) -> float:
         """Seconds since its newest request, or since the newest answer was there: its turn since then."""
-        return 0.0 if self._working else self._now() - self._heard_s
+        return 0.0 if self._working else awake_s() - self._heard_s
 
     # The end
 

@@ -41,6 +41,11 @@ class ClusterConfig:
         "alone, of Linux, with gpus_per_node=0. auto: if it has no GPU; true: also if it has; false: not",
         choices=("auto", "true", "false"),
     )
+    ray_agents: bool = setting(
+        False,
+        "start Ray's own agents (118 MB, 1.4 s) where this machine alone is the cluster: only runtime_env of "
+        "Ray tasks of your own, or a Ray tool that asks them, needs any",
+    )
     worker_restarts: int = setting(
         10,
         "times a rollout worker may die between two training steps before the run stops with the cause; 0: "

@@ -27,6 +27,8 @@ def without_effect(config: Config) -> Iterator[str]:
         )
     if config.cluster.fork == "true" and (config.cluster.address or config.cluster.gpus_per_node):
         yield "cluster.fork=true will do nothing: only actors of this machine alone, on its CPU, are forked"
+    if config.cluster.ray_agents and config.cluster.address:
+        yield "cluster.ray_agents=true will do nothing: the Ray of cluster.address has started its own"
 
 
 def without_rank(config: Config) -> Iterator[str]:

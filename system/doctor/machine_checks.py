@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from shutil import disk_usage
@@ -13,16 +16,21 @@ from socket import socket
 
 from psutil import virtual_memory
 
-from system.config import Config, all_rewards
+from system.config import ChosenReward, Config, ConfigError, all_rewards
 from system.doctor import adapters
-from system.doctor.answering import unanswered
+from system.doctor.answering import ANSWER_S, at_once, unanswered
 from system.doctor.problem import Problem
 from system.engine.sglang.command import interpreter
+from system.http import HttpError
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub, views
 from system.plan.memory import WIDTH, besides_saved
 from system.plan.units import byte_size
+from system.rollout.rewards.judge import Judge
+from system.rollout.rewards.judge_server import blamed
+from system.rollout.scorer import make_reward
+from system.text import one_line
 from system.urls import Allowed
 
 MIB = 1 << 20
@@ -90,7 +98,7 @@ def servers(config: Config) -> Iterator[Problem]:
         keys["teacher.api_key_env"] = config.teacher.api_key_env
     for reward in all_rewards(config):
         if url := reward.options.get("base_url"):
-            asked[f"{reward.key}.options.base_url={url}"] = str(url)
+            asked[_base_url(reward)] = str(url)
         keys[f"{reward.key}.options.api_key_env"] = str(reward.options.get("api_key_env") or "")
     for field, name in keys.items():
         if name and not os.environ.get(name):
@@ -98,8 +106,10 @@ def servers(config: Config) -> Iterator[Problem]:
     address = config.cluster.address
     if re.fullmatch(r"[^/]+:\d+", address):
         asked[f"cluster.address={address}"] = address
-    for field, fault in unanswered(asked).items():
+    faults = unanswered(asked)
+    for field, fault in faults.items():
         yield Problem(field, f"does not answer ({fault})", "start it, or correct the address")
+    yield from _refusing(config, [one for one in all_rewards(config) if _base_url(one) not in faults])
 
 
 def ray(config: Config) -> Iterator[Problem]:
@@ -107,6 +117,34 @@ def ray(config: Config) -> Iterator[Problem]:
     if config.cluster.nodes > 1 and not _joins(config):
         found = "no Ray cluster is named, and this machine is one node"
         yield Problem(f"cluster.nodes={config.cluster.nodes}", found, "use submit, or set cluster.address")
+
+
+def _base_url(reward: ChosenReward) -> str:
+    return f"{reward.key}.options.base_url={reward.options.get('base_url')}"
+
+
+def _refusing(config: Config, rewards: Sequence[ChosenReward]) -> Iterator[Problem]:
+    """Judges whose servers do not grade: each is asked for one grade.  Those that cannot be made, or have no
+    key, are told elsewhere.
+    """
+    different = {str(one.options): one for one in reversed(rewards) if one.name == "judge"}
+    asked: dict[str, Callable[[], HttpError | None]] = {}
+    for reward in different.values():
+        with contextlib.suppress(ConfigError):
+            judge = make_reward(config, reward, secret=os.environ.get)
+            asked[f"{reward.key}.options"] = partial(_refusal, judge)
+    for options, error in at_once(asked).items():
+        if error is not None:
+            option, remedy = blamed(error)
+            yield Problem(f"{options}.{option}", one_line(error), remedy)
+
+
+def _refusal(judge: Judge) -> HttpError | None:
+    try:
+        asyncio.run(judge.check(ANSWER_S))
+    except HttpError as error:
+        return error
+    return None
 
 
 def gpus(config: Config) -> Iterator[Problem]:

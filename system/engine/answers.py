@@ -41,9 +41,9 @@ class Broken(Exception):
 class Answers(Protocol):
     """Of the ``/generate`` protocol's requests and messages, whatever carries them."""
 
-    def ask(self, url: str, rid: str, body: bytes, deadline: float) -> AsyncGenerator[Message]:
-        """The messages that answer ``body``, the JSON of a request with the id ``rid``, by ``deadline`` (of
-        the event loop's clock).  The caller stops at the one that ends the answer.
+    def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
+        """The messages that answer ``body``, the JSON of a request with the id ``rid``, within ``limit_s``
+        seconds.  The caller stops at the one that ends the answer.
 
         Raises :class:`Broken` when they end before, and :class:`EngineError` when the server refuses the
         request.
@@ -63,16 +63,18 @@ class HttpAnswers:
         self._http, self._stall_s = http, stall_s
         self._endings: set[asyncio.Task[None]] = set()
 
-    async def ask(self, url: str, rid: str, body: bytes, deadline: float) -> AsyncGenerator[Message]:
+    async def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
         splitter, complete = EventSplitter(), False
-        left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
+        patience = aiohttp.ClientTimeout(
+            total=max(limit_s, 1e-3), sock_connect=CONNECT_S, sock_read=self._stall_s
+        )
         try:
             response = await self._http.session.post(
                 f"{url}/generate",
                 data=body,
                 headers={"Content-Type": "application/json"} | self._http.authorization(url),
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=left, sock_connect=CONNECT_S, sock_read=self._stall_s),
+                timeout=patience,
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Broken(error) from error
@@ -120,8 +122,9 @@ class ChannelAnswers:
         self._links: dict[str, asyncio.Task[_Link]] = {}  # open, or about to be
         self._retired: set[_Link] = set()
 
-    async def ask(self, url: str, rid: str, body: bytes, deadline: float) -> AsyncGenerator[Message]:
+    async def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
         loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
         link = await self._link(url, rid, deadline)
         news = link.news[rid] = asyncio.Queue()
         try:

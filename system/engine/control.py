@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from system.awake import AwakeTimeout
 from system.engine.protocol import EngineError, EngineInfo
 from system.engine.stream import version_number
 from system.http import HttpClient, HttpError
@@ -82,7 +83,7 @@ class EngineControl:
     async def wait_ready(self, deadline_s: float) -> None:
         """Return once the server answers, paused or not.  Raises :class:`EngineError` at the deadline."""
         try:
-            async with asyncio.timeout(deadline_s):
+            async with AwakeTimeout(deadline_s):
                 while not await self._answers("/health", HEALTH_DEADLINE_S):  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         except TimeoutError as error:

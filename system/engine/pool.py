@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from system.awake import AwakeTimeout, awake_s
 from system.engine.answers import Broken, ChannelAnswers, HttpAnswers, refused
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
@@ -62,7 +63,8 @@ class EnginePool:
     """Generates on the servers at ``urls``.  Implements :class:`~system.engine.protocol.Engine`.
 
     :class:`~system.engine.router.Router` chooses a server for each request.  ``deadline_s`` bounds one
-    ``generate`` call, ``stall_s`` the time without any answer after which a stream counts as broken (set it
+    ``generate`` call (without standstills of this process, after which a stream may have to go on in another
+    request), ``stall_s`` the time without any answer after which a stream counts as broken (set it
     above the longest pause), ``retries`` the failures in a row that are mended by trying again.  Only what
     cannot duplicate a token is tried again: a request that never began, or the rest of one whose stream
     broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
@@ -135,7 +137,7 @@ class EnginePool:
             raise EngineError(f"request id {request.rid!r} is in use")
         await self._listen()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._deadline_s
+        deadline = awake_s() + self._deadline_s
         progress = _Progress(request)
         self._live[request.rid] = progress
         attempt, failures, finished = 0, 0, False
@@ -160,7 +162,7 @@ class EnginePool:
                             if finished:
                                 return
                 except Broken as error:
-                    if loop.time() >= deadline:
+                    if awake_s() >= deadline:
                         raise self._too_late(request.rid) from error
                     failures = 1 if len(progress.tokens) > before else failures + 1
                     self._abort_later(progress)
@@ -208,7 +210,7 @@ class EnginePool:
             turns, began = self._turns[place.url], loop.time()
             waits = turns.locked()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with AwakeTimeout(deadline - awake_s()):
                     await turns.acquire()
             except BaseException as error:
                 self._router.end(place)
@@ -283,7 +285,7 @@ class EnginePool:
             asked, progress.wire_rid, progress.tokens, every_token=every_token, top_logprobs=top
         )
         try:
-            answer = self._answers.ask(place.url, progress.wire_rid, body, deadline)
+            answer = self._answers.ask(place.url, progress.wire_rid, body, deadline - awake_s())
             async with aclosing(answer) as messages:
                 async for message in messages:
                     if "error" in message:
@@ -332,7 +334,7 @@ class EnginePool:
     async def _back_off(self, failures: int, deadline: float, rid: str) -> None:
         longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(failures - 1, 0))
         wait = longest * random.uniform(0.5, 1.0)
-        if asyncio.get_running_loop().time() + wait >= deadline:
+        if awake_s() + wait >= deadline:
             raise self._too_late(rid)
         await asyncio.sleep(wait)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from system.awake import AwakeTimeout
 from system.config import Config
 from system.errors import leaves
 from system.evals.record import Answered, Asked
@@ -84,7 +85,7 @@ class Questions:
         began, prompt = loop.time(), asked.prompt
         said = _Said(with_words(prompt.messages, "", self._words_of.get(asked.set, self._words)))
         try:
-            async with asyncio.timeout(self._limits.tree_deadline_s):
+            async with AwakeTimeout(self._limits.tree_deadline_s):
                 outcome = await self._converse(asked, said)
         except TimeoutError:
             outcome = Outcome.DEADLINE

@@ -38,7 +38,7 @@ class Branch:
     finish: Finish | None = None  # of that segment, once it is there
     calling: bool = False  # the call that its newest segment ends with is under way
     late: bool = False  # and takes longer than the schedule's patience (:meth:`Schedule.patience_s`)
-    began_s: float = math.nan  # on the event loop's clock; NaN: not yet
+    began_s: float = math.nan  # as of awake_s(); NaN: not yet
     spent_s: float = 0.0  # of its deadline, before the run was resumed
     answer: int | None = None  # the TOOL node that the policy has not decided upon
     forked: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -33,15 +34,17 @@ class ChatCompletions:
         retries: int = 5,
         try_s: float = 20.0,
         rate_per_s: float = 0.0,
+        patience_s: float = math.inf,
     ) -> None:
         """``base_url``: up to and without ``/chat/completions``.  ``parameters``: of the request, besides
         model and messages.  ``retries``: after a failure that may pass; ``try_s``: seconds of one attempt;
-        ``rate_per_s``: requests, at most; 0: no bound.
+        ``rate_per_s``: requests, at most; 0: no bound.  ``patience_s``: the longest Retry-After that is
+        waited for; a request that is told a longer one fails, and others are sent after so long.
         """
         self.url = f"{base_url.rstrip('/')}/chat/completions"
         self._model, self._parameters = model, parameters
         self._http = HttpClient(keys={self.url: key})
-        self._retries, self._try_s = retries, try_s
+        self._retries, self._try_s, self._patience_s = retries, try_s, patience_s
         self._throttle, self._rng = throttler(rate_per_s), random.Random()
         self._quiet_until = 0.0  # on the event loop's clock: a Retry-After is meant for all requests
         self.counts: Counter[str] = Counter()
@@ -62,10 +65,16 @@ class ChatCompletions:
             except HttpError as error:
                 # No JSON with a good status: a proxy's page, perhaps; another attempt may fare better.
                 passing = error.passing or error.status == 0
-                if not passing or attempt >= self._retries:
-                    tried = f" (attempt {attempt + 1})" if attempt else ""
-                    raise HttpError(f"{error}{tried}", passing=passing, status=error.status) from error
-                await self._back_off(attempt, error.retry_after_s)
+                asked_s = error.retry_after_s if passing else 0.0
+                self._hold_back(asked_s)
+                if not passing or attempt >= self._retries or asked_s > self._patience_s:
+                    told = f"{error} (attempt {attempt + 1})" if attempt else str(error)
+                    if asked_s > self._patience_s:
+                        told += f"; it asks for {asked_s:.0f} s of quiet, longer than {self._patience_s:g} s"
+                    raise HttpError(
+                        told, passing=error.passing, status=error.status, retry_after_s=asked_s
+                    ) from error
+                await asyncio.sleep(back_off_s(attempt, self._rng))
             attempt += 1
             self.counts["retries"] += 1
 
@@ -89,11 +98,10 @@ class ChatCompletions:
         """An attempt brought ``answer``, whatever it says."""
         self.counts["answers"] += 1
 
-    async def _back_off(self, attempt: int, asked_s: float) -> None:
-        now = asyncio.get_running_loop().time()
-        if asked_s > 0:
-            self._quiet_until = max(self._quiet_until, now + asked_s)
-        await asyncio.sleep(back_off_s(attempt, self._rng))
+    def _hold_back(self, asked_s: float) -> None:
+        """Send no request for so long."""
+        until = asyncio.get_running_loop().time() + min(asked_s, self._patience_s)
+        self._quiet_until = max(self._quiet_until, until)
 
     async def close(self) -> None:
         await self._http.close()

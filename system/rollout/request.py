@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from system.awake import AwakeTimeout
 from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
 from system.engine.score import Scores, score
 from system.rollout.branch import Branch
@@ -123,7 +123,7 @@ class GivenTokens:
         """None, and a mishap, where the engine cannot: none of this is worth a tree."""
         rid = _request_id(self.prompt_id, what)
         try:
-            async with asyncio.timeout(self.context.config.generate_deadline_s):
+            async with AwakeTimeout(self.context.config.generate_deadline_s):
                 return await score(
                     self.context.engine,
                     tokens,

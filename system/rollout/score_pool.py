@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from system.awake import AwakeTimeout
 from system.config import ChosenReward, Config, to_dict
 from system.errors import ConfigError
-from system.foreign import AwakeTimeout, OwnThreads
+from system.foreign import OwnThreads
 from system.rollout.reward import BranchView, ScoreFailed
 from system.tree.prompt import Prompt
 

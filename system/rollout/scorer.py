@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
+from system.awake import AwakeTimeout
 from system.config import ChosenReward, Config, ConfigError
 from system.config.schema_reward import ON_LOOP
 from system.errors import OF_OTHERS, asked_to_end
-from system.foreign import AwakeTimeout, foreign
+from system.foreign import foreign
 from system.plugins import REWARDS
 from system.rollout.reward import BranchView, GroupReward, Score, ScoreFailed
 from system.rollout.score_pool import ScorePool, Threads, late
@@ -86,7 +87,8 @@ def groupwise(reward: object) -> TypeGuard[GroupReward]:
 
 def make_reward(config: Config, chosen: ChosenReward, **offered: Any) -> Any:
     """The reward, by its name.  Raises PluginError."""
-    return REWARDS.at(chosen.key).make(chosen.name, chosen.options, config=config, **offered)
+    offered |= {"config": config, "deadline_s": chosen.deadline_s}
+    return REWARDS.at(chosen.key).make(chosen.name, chosen.options, **offered)
 
 
 class Scorer:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from system.awake import AwakeTimeout
 from system.config import Config, rewards
 from system.envs.live import BranchSession
 from system.envs.protocol import WorldFailed
@@ -215,12 +216,17 @@ class TreeScores:
         await asyncio.gather(*self._beginning)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        until = began + self._scoring.close_deadline_s
-        await self._wait(until)
-        for number, scorer in enumerate(self._scoring.scorers):
-            if scorer.group and self._views:
-                self._start(number, scorer, list(self._views))
-        await self._wait(until)
+        try:
+            async with AwakeTimeout(self._scoring.close_deadline_s):
+                await self._scored_all()
+                for number, scorer in enumerate(self._scoring.scorers):
+                    if scorer.group and self._views:
+                        self._start(number, scorer, list(self._views))
+                await self._scored_all()
+        except TimeoutError:
+            for task in self._running:
+                task.cancel()
+            await self._scored_all()
         self._scoring.waited(loop.time() - began)
         for leaf in self._views:
             self._settle(leaf)
@@ -265,17 +271,10 @@ class TreeScores:
             if self._since_start is not None:
                 self._ended_s[leaf] = self._since_start()
 
-    async def _wait(self, until: float) -> None:
-        """For what runs, at most ``until`` then."""
-        if not self._running:
-            return
-        left = until - asyncio.get_running_loop().time()
-        _, late = await asyncio.wait(self._running, timeout=max(0.0, left))
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
-        self._running.clear()
+    async def _scored_all(self) -> None:
+        """Wait for the scores that are being made."""
+        if self._running:
+            await asyncio.wait(self._running)
 
     def _good(self, leaf: int) -> dict[int, Score]:
         """What rewards said of a leaf, by their numbers."""

@@ -11,7 +11,6 @@ The format is safetensors: arrays by name, everything else as JSON in the metada
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from system.awake import awake_s
 from system.config import Config, settings, to_dict
 from system.engine.protocol import Finish
 from system.envs.journal import Book, Entry, read
@@ -72,7 +72,7 @@ def can_freeze(tree: TreeRollout) -> bool:
 
 def freeze(tree: TreeRollout) -> bytes:
     """The tree as it stands.  Call it on the tree's event loop."""
-    now = asyncio.get_running_loop().time()
+    now = awake_s()
     arrays, growth = tree.growth.state()
     book = Book()
     fields = {

@@ -21,6 +21,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
+from system.awake import AwakeTimeout, awake_s
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
 from system.envs.live import TreeSessions
 from system.envs.protocol import WorldFailed
@@ -100,7 +101,7 @@ class TreeRollout:
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self.mishaps: list[Mishap] = []
         self.spent_s = 0.0  # of the deadline, before the run was resumed
-        self.began_s = math.nan  # on the event loop's clock; NaN: not yet
+        self.began_s = math.nan  # as of awake_s(); NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
         self.sessions = sessions
         self.lessons = Lessons(None if greedy else context.teacher, self.growth, self.route, self.mishap)
@@ -122,7 +123,7 @@ class TreeRollout:
         when the policy needs entropies that the engine does not give, ``RewardBroken`` when too many scores
         fail.  Cancelling it cancels every branch and aborts its request.
         """
-        self.began_s = asyncio.get_running_loop().time()
+        self.began_s = awake_s()
         try:
             async with self.beside:
                 for leaf in range(len(self.ended)):  # of a resumed tree
@@ -147,7 +148,7 @@ class TreeRollout:
 
     async def _branches(self) -> bool:
         """Grow until every branch has ended; returns whether the tree's deadline cut them off."""
-        deadline = asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
+        deadline = AwakeTimeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:
             async with deadline, self.group:
                 for branch in self.live.values():
@@ -156,7 +157,7 @@ class TreeRollout:
                     self._start_roots(self.budget.roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             for branch in list(self.live.values()):
                 self._end(branch, Outcome.DEADLINE)
@@ -211,14 +212,14 @@ class TreeRollout:
     # One branch
 
     async def _grow(self, branch: Branch) -> None:
-        branch.began_s = asyncio.get_running_loop().time()
-        deadline = asyncio.timeout(max(self.config.branch_deadline_s - branch.spent_s, 0.0))
+        branch.began_s = awake_s()
+        deadline = AwakeTimeout(max(self.config.branch_deadline_s - branch.spent_s, 0.0))
         try:
             async with deadline:
                 await self._wait(self.schedule.join(branch))
                 outcome = await self._write(branch)
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             outcome = Outcome.DEADLINE
         except EngineError as error:
@@ -338,7 +339,7 @@ class TreeRollout:
         request = segment_request(self.context, self.growth, branch, begin, room, *how)
         branch.request = request.rid
         stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
-        deadline = asyncio.timeout(config.generate_deadline_s)
+        deadline = AwakeTimeout(config.generate_deadline_s)
         try:
             with Stopwatch(self.seconds, "waiting") as clock:
                 async with deadline, aclosing(stream):
@@ -349,7 +350,7 @@ class TreeRollout:
                             self._measure(branch)
                         branch.finish = chunk.finish  # read on to the end: closing early is an abort
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             raise EngineError(f"no end of generation within {config.generate_deadline_s:g} s") from None
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
-from system.config import Config
+from system.config import Config, ConfigError
 from system.learn.schedule import warm_start_lr
 from system.models.families import family_of
 from system.rollout.chat import Chat, make_chat, planned_syntax
@@ -49,32 +48,19 @@ def demonstration_tree(demo: Demonstration, chat: Chat) -> Tree:
     return Example.of(demo.prompt.id, nodes, demo.prompt.kind).tree()
 
 
-class DemonstrationTrees(Sequence[Tree]):
-    """Demonstrations as single-leaf trees, each made when it is asked for: one takes some 4 kB."""
+def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
+    """The task's demonstrations as single-leaf trees, some 4 kB each.
 
-    def __init__(self, made: Sequence[Demonstration], chat: Chat) -> None:
-        self._made, self._chat = made, chat
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    @overload
-    def __getitem__(self, index: int) -> Tree: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tree]: ...
-    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
-        """Raises ValueError as :func:`demonstration_tree` does."""
-        if isinstance(index, slice):
-            return [demonstration_tree(one, self._chat) for one in self._made[index]]
-        return demonstration_tree(self._made[index], self._chat)
-
-
-def demonstrations(config: Config, task: Task, model: Path) -> DemonstrationTrees:
-    """The task's demonstrations."""
+    Raises ConfigError for one that :func:`demonstration_tree` refuses.
+    """
     assert isinstance(task, HasDemonstrations)
     chat = make_chat(config, local_tokenizer(str(model)), str(model), planned_syntax(config))
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
-    return DemonstrationTrees(made, chat)
+    try:
+        return [demonstration_tree(one, chat) for one in made]
+    except ValueError as error:
+        remedy = "correct the task's demonstrations, or set warmstart.steps=0"
+        raise ConfigError(f"task.name={config.task.name}: {error}; {remedy}") from error
 
 
 def peak_lr(config: Config) -> float:

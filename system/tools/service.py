@@ -3,7 +3,7 @@
 Around each call, from the outside in: argument check, cache and single flight (pure tools only), deadline,
 circuit breaker, concurrency limit, then per attempt the rate limit and the tool itself, with retries between
 attempts. A failing tool is an outcome, never an exception. Deadlines do not count time in which the process
-stands still (:mod:`system.foreign`).
+stands still (:mod:`system.awake`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 
 from asyncio_throttle.throttler import Throttler
 
+from system.awake import AwakeTimeout
 from system.config import ToolsConfig
 from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
-from system.foreign import AwakeTimeout, TooLate, foreign
+from system.foreign import TooLate, foreign
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
 from system.text import as_text, named

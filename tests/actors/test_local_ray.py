@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+import ray
 from ray import cloudpickle
 
 from actors.ray_support import answer, ray_session
@@ -26,6 +28,10 @@ LATE_S = 60.0
 
 def process() -> int:
     return os.getpid()
+
+
+def variable() -> str:
+    return os.environ["ASKED"]
 
 
 def another() -> int:
@@ -47,6 +53,19 @@ def test_its_agents_wait_for_the_raylets_end_and_do_nothing_else(tmp_path: Path)
         assert all(one.memory_info().rss < 20e6 for one in agents)
     gone, alive = psutil.wait_procs(agents, LATE_S)
     assert len(gone) == 2, alive
+
+
+@pytest.mark.slow
+def test_rays_own_agents_can_be_had_back(tmp_path: Path) -> None:
+    config = Config()
+    config.cluster.ray_agents = True
+    with ray_session(config, tmp_path):
+        (raylet,) = [pid for pid, words in living().items() if words and words[0].endswith("/raylet")]
+        agents = [" ".join(one.cmdline()) for one in psutil.Process(raylet).children()]
+        assert len(agents) >= 2
+        assert not any("no_agent.py" in one for one in agents), agents
+        task = cast(Any, ray.remote)(variable).options(num_cpus=0, runtime_env={"env_vars": {"ASKED": "7"}})
+        assert asyncio.run(answer(task.remote(), LATE_S, "a task in an environment")) == "7"
 
 
 @pytest.mark.slow

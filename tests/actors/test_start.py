@@ -37,7 +37,8 @@ def test_ray_that_does_not_start_leaves_no_run_directory(
     monkeypatch.setattr("ray.init", fail)
     (tmp_path / "data.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     words = ["task=jsonl", f"task.path={tmp_path}/data.jsonl", f"run.dir={tmp_path}/runs"]
-    with pytest.raises(StartFailed, match="Ray does not start here: no room"):
+    told = r"Ray does not start here: no room.*; cluster\.ray_agents=true starts it"
+    with pytest.raises(StartFailed, match=told):
         train(load(None, words), config_name="", resume=None)
     assert not list((tmp_path / "runs").iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -106,6 +107,19 @@ async def test_an_agent_that_is_silent_is_gone_and_its_episode_has_no_score() ->
             await growing
         assert await there.post(told, "done") == 409
     assert there.runner.counters["agent/failed"] == 1
+
+
+async def test_an_agent_is_not_silent_while_the_process_stands_still() -> None:
+    async with desk(f"It is 42.{END}", idle_s=3.0, deadline_s=3.5) as there:
+        growing = asyncio.create_task(there.tree(greedy=True))
+        told = await there.told()
+        assert await turn(told) == "It is 42."
+        await asyncio.sleep(0.05)
+        time.sleep(4.0)  # noqa: ASYNC251 (what stands still)
+        await asyncio.sleep(0.1)
+        assert await there.post(told, "reward", reward=1.0) == 200
+        assert await there.post(told, "done") == 200
+        assert (await growing).outcome.tolist() == [Outcome.ENDED]
 
 
 async def test_an_agent_may_say_that_it_failed() -> None:

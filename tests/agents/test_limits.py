@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -82,6 +83,16 @@ async def test_the_deadline_ends_it(scripted: Start) -> None:
     assert len(engine.requests) == 1
     with pytest.raises(openai.ConflictError, match="the session is closed"):
         await ask(session, [USER])
+
+
+async def test_the_deadline_counts_no_standstill(scripted: Start) -> None:
+    there, _ = await scripted(ANSWER)
+    session = await there.open(deadline_s=3.0)
+    await asyncio.sleep(0.05)
+    time.sleep(4.0)  # noqa: ASYNC251 (what stands still)
+    assert (await ask(session, [USER])).message.content == DONE
+    assert session.quiet_s < 3.0
+    assert session.close(Outcome.ENDED).outcome == Outcome.ENDED
 
 
 async def test_keys_open_their_own_session_and_no_other(scripted: Start) -> None:

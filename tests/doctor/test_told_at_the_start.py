@@ -1,8 +1,12 @@
-"""Told at the start: what does nothing in a supervised run, and teachers that are gone."""
+"""Told at the start: what does nothing in a supervised run, teachers that are gone, judges that refuse."""
 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,61 @@ def test_a_supervised_job_is_told_so_where_it_is_submitted(
     told = capsys.readouterr().out
     assert RANKLESS in told
     assert "teacher_coef" not in told
+
+
+class Grader(BaseHTTPRequestHandler):
+    """It knows one path, one model and one key."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/chat/completions" or body["model"] != "grader":
+            self.send_error(404)
+        elif self.headers["Authorization"] != "Bearer sk-1":
+            self.send_error(401)
+        else:
+            said = json.dumps({"choices": [{"message": {"content": '{"correctness": 1}'}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("RIGHT_KEY", "sk-1")
+    monkeypatch.setenv("WRONG_KEY", "sk-2")
+    with HTTPServer(("127.0.0.1", 0), Grader) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "key", "says"),
+    [
+        ("/v1", "grader", "RIGHT", ""),
+        ("", "grader", "RIGHT", "base_url: HTTP 404 at {url}/chat/completions: *end it before /chat/*"),
+        ("/v1", "another", "RIGHT", "base_url: HTTP 404 at *; * let model be one that it has"),
+        ("/v1", "grader", "WRONG", "api_key_env: HTTP 401 at *; name the variable with a key that*"),
+    ],
+)
+def test_a_judge_that_refuses_is_told_before_anything_starts(
+    path: str, model: str, key: str, says: str, grader: str
+) -> None:
+    options = {"base_url": grader + path, "model": model, "api_key_env": f"{key}_KEY"}
+    rewards = json.dumps([{"name": "judge", "options": options}, "f1"])
+    told = [str(problem) for problem in look(load(None, [f"reward={rewards}"]))["servers"]]
+    assert len(told) == bool(says)
+    if says:
+        assert fnmatch(told[0], f"reward.parts[[]0].options.{says.format(url=grader)}"), told
 
 
 def test_a_teacher_that_does_not_answer_is_told_before_anything_starts() -> None:

@@ -29,6 +29,7 @@ from engine_models import (
 )
 from test_engine_replicas import server_process
 
+from system.awake import AwakeTimeout
 from system.config import EngineConfig
 from system.engine.answers import HttpAnswers
 from system.engine.embedded import EmbeddedEngine
@@ -36,6 +37,17 @@ from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard, EventSplitter
 from system.serving import free_port
 from system.serving import serve as serve_app
+
+FINISH = {
+    "text": "a",
+    "output_ids": [5],
+    "meta_info": {
+        "completion_tokens": 1,
+        "weight_version": "1",
+        "finish_reason": {"type": "stop", "matched": 5},
+        "output_token_logprobs": [[-1.0, 5, None]],
+    },
+}
 
 
 @pytest.fixture(params=[False, True], ids=["http", "channel"])
@@ -86,27 +98,39 @@ async def cutting_proxy(target: str, after_bytes: int, cuts: int) -> AsyncIterat
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+async def test_a_standstill_of_ours_costs_an_attempt_and_not_the_request() -> None:
+    async def generate(request: web.Request) -> web.Response:
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        return web.Response(text=f"data: {json.dumps(FINISH)}\n\ndata: [DONE]\n\n")
+
+    async def stand_still() -> None:
+        await asyncio.sleep(0.1)
+        time.sleep(4.0)  # noqa: ASYNC251 (what stands still)
+
+    app = web.Application()
+    app.router.add_post("/generate", generate)
+    server = await serve_app(app)
+    client = EngineClient([server.url], deadline_s=2.5)
+    async with AwakeTimeout(60.0):  # a tree's
+        chunks, _ = await asyncio.gather(collect(client, request("r", prompt(3))), stand_still())
+    assert [chunk.tokens.tolist() for chunk in chunks] == [[5]]
+    assert client.counters["retried"] >= 1
+    await client.close()
+    await server.close()
+
+
 async def test_one_connection_serves_one_request_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a stream may come after its finish, in a packet of its own: it is read all the same."""
     monkeypatch.setattr("system.engine.answers._READ_OUT_S", 30.0)  # on a loaded machine a second may pass
     peers = set()
-    finish = {
-        "text": "a",
-        "output_ids": [5],
-        "meta_info": {
-            "completion_tokens": 1,
-            "weight_version": "1",
-            "finish_reason": {"type": "stop", "matched": 5},
-            "output_token_logprobs": [[-1.0, 5, None]],
-        },
-    }
 
     async def generate(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         peers.add(request.transport.get_extra_info("peername"))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        await response.write(f"data: {json.dumps(finish)}\n\n".encode())
+        await response.write(f"data: {json.dumps(FINISH)}\n\n".encode())
         await asyncio.sleep(0.02)
         await response.write(b"data: [DONE]\n\n")
         return response

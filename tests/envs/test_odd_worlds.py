@@ -423,8 +423,8 @@ async def test_time_in_which_the_process_stands_still_makes_no_answer_late(
 async def test_a_loop_that_is_always_late_is_waited_for_so_long_and_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("system.foreign.SLICE_S", 0.05)
-    monkeypatch.setattr("system.foreign.LATE_S", 0.01)
+    monkeypatch.setattr("system.awake.TICK_S", 0.05)
+    monkeypatch.setattr("system.awake.LATE_S", 0.01)
     waiting = asyncio.create_task(foreign(asyncio.sleep(600), 0.2))
 
     async def slow() -> None:

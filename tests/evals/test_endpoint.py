@@ -204,4 +204,4 @@ def test_what_cannot_be_asked(given: dict[str, Any], words: tuple[str, ...], wha
 def test_a_key_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ConfigError, match="no such environment variable"):
-        Endpoint("http://a/v1", "m", "NO_KEY").server()
+        Endpoint("http://a/v1", "m", "NO_KEY").server(9.0)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world
 
 from system.config import ChosenReward, Config, load, rewards
-from system.http import retry_after_s
+from system.http import HttpError, retry_after_s
 from system.observe.metrics import reward_metrics
 from system.plugins import PluginError
 from system.rollout import completions
@@ -43,6 +43,7 @@ from system.rollout.rewards.judge_prompt import (
     filled,
     neutral,
 )
+from system.rollout.rewards.judge_server import blamed
 from system.rollout.scorer import Scorer, make_reward
 from system.rollout.scoring import Scoring
 from system.rollout.snapshot import freeze, thaw
@@ -199,6 +200,51 @@ async def test_a_retry_after_holds_for_all_requests() -> None:
         assert (await first).correct
         assert made.counters["refused"] == 1
         await made.close()
+
+
+async def test_a_retry_after_is_waited_for_no_longer_than_the_rewards_deadline() -> None:
+    options = {"base_url": "http://judge/v1", "model": "m"}
+    made = make_reward(Config(), ChosenReward(name="judge", deadline_s=7.0, options=options))
+    assert made._server._patience_s == 7.0
+    async with served(refuses(429, **{"Retry-After": "1e9"}), RIGHT) as judge:
+        made = judge.made(deadline_s=0.5)
+        longer = r"HTTP 429 .*; it asks for 1000000000 s of quiet, longer than 0\.5 s; rate_per_s: ask less"
+        with pytest.raises(ScoreFailed, match=longer) as failed:
+            await made.score(PROMPT, said("one"))
+        assert failed.value.reason == "endpoint"
+        began = time.monotonic()
+        assert (await score(made, branch=said("two"))).correct
+        assert 0.4 <= time.monotonic() - began < 30
+        assert len(judge.requests) == 2
+
+
+async def odd_json(_: dict[str, Any]) -> web.Response:
+    return web.json_response({"detail": "welcome"})
+
+
+@pytest.mark.parametrize(
+    ("reply", "option"),
+    [
+        (refuses(404), "base_url"), (refuses(307), "base_url"), (page, "base_url"), (odd_json, "base_url"),
+        (broken_json, "base_url"), (refuses(401), "api_key_env"), (refuses(403), "api_key_env"),
+        (refuses(400), "parameters"), (refuses(422), "parameters"),
+    ],
+)  # fmt: skip
+async def test_what_no_later_attempt_will_better_is_found_before_a_run(reply: Reply, option: str) -> None:
+    async with served(reply) as judge:
+        with pytest.raises(HttpError) as refused:
+            await judge.made(retries=3).check(30.0)
+        assert len(judge.requests) == 1
+    assert blamed(refused.value)[0] == option
+
+
+@pytest.mark.parametrize("reply", [RIGHT, "no verdict", refuses(429), refuses(503), hangs])
+async def test_what_may_pass_keeps_no_run_from_its_start(reply: str | Reply) -> None:
+    async with served(reply) as judge:
+        await judge.made(parameters={"max_tokens": 9}).check(0.3 if reply is hangs else 30.0)
+        (body,) = judge.requests
+    assert body["max_tokens"] == 9
+    assert "1 + 1" in body["messages"][1]["content"]
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:

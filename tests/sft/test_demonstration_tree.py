@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from system.config import Config, RolloutConfig
+from system.config import Config, ConfigError, RolloutConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.learn.schedule import warm_start_lr
 from system.rollout.branching import Never
@@ -20,7 +21,7 @@ from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
-from system.sft.demonstrations import DemonstrationTrees, demonstration_tree, warm_start
+from system.sft.demonstrations import demonstration_tree, demonstrations, warm_start
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import vocabulary
 from system.tasks.quickstart.task import QuickstartTask
@@ -141,17 +142,22 @@ def test_malformed_demonstrations_are_errors(segments, message):
         demonstration_tree(Demonstration(prompt, segments), Chat(vocabulary.build()))
 
 
-def test_a_demonstration_becomes_a_tree_when_it_is_asked_for():
-    chat = Chat(vocabulary.build())
+def test_a_malformed_demonstration_fails_before_the_first_batch(tmp_path: Path):
+    vocabulary.build().save_pretrained(tmp_path)
     prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
     good, bad = Demonstration(prompt, (("model", " <think>"),)), Demonstration(prompt, ())
-    trees = DemonstrationTrees([good, bad, good], chat)
-    assert len(trees) == 3
-    expected = demonstration_tree(good, chat).tokens.tolist()
-    assert trees[2].tokens.tolist() == expected
-    assert [tree.tokens.tolist() for tree in trees[::2]] == [expected] * 2
-    with pytest.raises(ValueError, match="must end with a segment of the model"):
-        trees[1]
+
+    class Shows(QuickstartTask):
+        def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
+            return [good] * n if seed else [good] * n + [bad]
+
+    config = Config()
+    config.task.train_size, config.task.eval_size, config.warmstart.demos = 10, 10, 3
+    with pytest.raises(ConfigError, match=r"^task.name=.*must end with .*; correct .* warmstart.steps=0$"):
+        demonstrations(config, Shows(config), tmp_path)
+    config.run.seed = 1
+    made = demonstrations(config, Shows(config), tmp_path)
+    assert [tree.n_leaves for tree in made] == [1] * 3
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from system.config import ToolsConfig
-from system.foreign import AwakeTimeout
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.sandbox.channel import Channel
 from system.tools.service import Patience, ToolService
 from system.tools.tool import ToolUnavailable
-from system.twin.clock import run
 
 
 class Pondering:
@@ -84,63 +82,6 @@ async def test_a_reply_of_the_sandbox_is_not_late_for_it() -> None:
     assert reply == {"text": "well"}
     channel.theirs.close()
     await channel.end(1.0)
-
-
-def test_what_is_left_and_when_it_ends() -> None:
-    """On a clock that jumps, so to the second."""
-
-    async def timed() -> None:
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        left: list[float] = []
-        try:
-            async with AwakeTimeout(2.5) as limit:
-                left.append(limit.left_s)
-                await asyncio.sleep(1.75)
-                left.append(limit.left_s)
-                await asyncio.sleep(9.0)
-        except TimeoutError:
-            assert limit.expired
-        assert clock() - began == pytest.approx(2.5)
-        assert left == pytest.approx([2.5, 0.75])
-        async with AwakeTimeout(0.5) as limit:
-            limit.lift()
-            await asyncio.sleep(9.0)
-        with pytest.raises(TimeoutError):
-            async with AwakeTimeout(0.0):
-                await asyncio.sleep(9.0)
-
-    run(timed())
-
-
-async def test_a_cancellation_within_it_stays_one() -> None:
-    async def waiting() -> None:
-        async with AwakeTimeout(60.0):
-            await asyncio.sleep(60.0)
-
-    task = asyncio.create_task(waiting())
-    await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def test_a_loop_that_is_a_little_late_each_time_makes_no_deadline_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("system.foreign.SLICE_S", 0.05)
-
-    async def hold_up() -> None:
-        while True:
-            time.sleep(0.045)  # noqa: ASYNC251 (what makes it late)
-            await asyncio.sleep(0)
-
-    holding, began = asyncio.create_task(hold_up()), time.monotonic()
-    with pytest.raises(TimeoutError):
-        async with AwakeTimeout(1.0):
-            await asyncio.sleep(60.0)
-    assert 1.0 <= time.monotonic() - began < 1.5
-    holding.cancel()
 
 
 async def test_a_timeout_of_the_tools_own_is_not_told_as_the_calls_deadline() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from system.rollout.rewards.judge_prompt import (
 from system.rollout.rewards.judge_server import JudgeServer, Verdicts, request_key
 from system.rollout.words import final_answer
 from system.tree.prompt import Prompt
+from system.tree.record import Kind, Outcome
 
 _ROUNDING = 1e-9  # of a weighted mean
+_TRIED = (  # what a judge is asked before a run begins
+    Prompt("", ({"role": "user", "content": "What is 1 + 1?"},), ("2",)),
+    BranchView(((Kind.MODEL, "2"),), Outcome.STOPPED),
+)
 
 
 class Judge:
@@ -55,10 +61,12 @@ class Judge:
         rate_per_s: float = 0.0,
         price_read: float = 0.0,
         price_written: float = 0.0,
+        deadline_s: float = math.inf,
         secret: Callable[[str], str | None] | None = None,
         store: Path | None = None,
     ) -> None:
-        """``secret``, ``store``: the system's to give (:meth:`system.rollout.scoring.Scoring.of`).
+        """``deadline_s``: of the reward, and the longest Retry-After that is waited for.  ``secret``,
+        ``store``: the system's to give (:meth:`system.rollout.scoring.Scoring.of`).
 
         Raises ValueError naming the option.
         """
@@ -85,6 +93,7 @@ class Judge:
             retries=retries,
             try_s=try_s,
             rate_per_s=rate_per_s,
+            deadline_s=deadline_s,
             prices=(price_read, price_written),
         )
         self._verdicts = Verdicts(store / "judge" if store else None)
@@ -99,6 +108,13 @@ class Judge:
         messages = self._form.messages(prompt, branch)
         key = request_key(self._server.url, self._server.body(messages))
         return self._scored(await self._verdicts.get(key, lambda: self._judged(messages)))
+
+    async def check(self, within_s: float) -> None:
+        """Have one answer graded, whatever the grade.  Raises as :meth:`.JudgeServer.check` does."""
+        try:
+            await self._server.check(self._form.messages(*_TRIED), within_s)
+        finally:
+            await self.close()
 
     async def _judged(self, messages: Messages) -> tuple[tuple[float, ...], str]:
         """Grades and the reply that they stand in; a reply without any is asked for again, once."""

@@ -33,10 +33,14 @@ class JudgeServer(ChatCompletions):
         retries: int,
         try_s: float,
         rate_per_s: float,
+        deadline_s: float,
         prices: tuple[float, float],
     ) -> None:
-        """As of :class:`.ChatCompletions`.  ``prices``: of a million tokens read and written."""
+        """As of :class:`.ChatCompletions`.  ``deadline_s``: of a score.  ``prices``: of a million tokens read
+        and written.
+        """
         limits: dict[str, Any] = {"retries": retries, "try_s": try_s, "rate_per_s": rate_per_s}
+        limits["patience_s"] = deadline_s
         super().__init__(base_url, model, {"temperature": 0, **parameters}, key=key, **limits)
         self._prices = prices
         self.amounts: dict[str, float] = {"answer_s": 0.0, "cost": 0.0}
@@ -46,7 +50,18 @@ class JudgeServer(ChatCompletions):
         try:
             return await self.complete(self.body(messages), lambda answer: _content(answer, self.url))
         except HttpError as error:
-            raise ScoreFailed(f"judge: {error}", "endpoint") from error
+            option, remedy = blamed(error)
+            raise ScoreFailed(f"judge: {error}; {option}: {remedy}", "endpoint") from error
+
+    async def check(self, messages: Messages, within_s: float) -> None:
+        """Send it one request.  Raises HttpError for an answer that no later attempt will better; nothing for
+        one that may pass, or none within so many seconds.
+        """
+        try:
+            _content(await self._http.request("POST", self.url, self.body(messages), within_s), self.url)
+        except HttpError as error:
+            if not error.passing:
+                raise
 
     def answered(self, answer: Mapping[str, Any], seconds: float) -> None:
         super().answered(answer, seconds)
@@ -59,13 +74,26 @@ class JudgeServer(ChatCompletions):
                 self.amounts["cost"] += tokens * price / _MILLION
 
 
+def blamed(error: HttpError) -> tuple[str, str]:
+    """The option of the judge that is at fault, and the remedy."""
+    if error.status in (401, 403):
+        return "api_key_env", "name the variable with a key that this server takes"
+    if error.status in (400, 413, 422):
+        return "parameters", "take out what this server or its model does not take"
+    if error.status == 429:
+        return "rate_per_s", "ask less often (concurrency, too), or give the reward a longer deadline_s"
+    if error.passing:
+        return "base_url", "see whether this server is well, or raise try_s and retries"
+    return "base_url", "end it before /chat/completions, often with /v1, and let model be one that it has"
+
+
 def _content(answer: Mapping[str, Any], url: str) -> str:
-    """The text of the first choice.  Raises HttpError for an answer that has none: it may be tried again."""
+    """The text of the first choice.  Raises HttpError for an answer that has none."""
     match answer:
         case {"choices": [{"message": {"content": str(text)}}, *_]}:
             return text
         case _:
-            raise HttpError(f"no choices[0].message.content in the answer of {url}")
+            raise HttpError(f"no choices[0].message.content in the answer of {url}", passing=False)
 
 
 class Verdicts:

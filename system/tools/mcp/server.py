@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
+from system.awake import AwakeTimeout
 from system.config.mcp import McpPlace
 from system.errors import EspalierError
-from system.foreign import AwakeTimeout
 from system.text import named
 from system.tools.tool import ToolUnavailable
 

@@ -8,8 +8,8 @@ import json
 import socket
 from typing import Any
 
+from system.awake import AwakeTimeout
 from system.errors import EspalierError
-from system.foreign import AwakeTimeout
 
 _FULL_PAUSE_S = 0.005  # its queue is full; a fork server forks about a thousand times a second
 
