@@ -103,17 +103,17 @@ def test_figures_of_a_run() -> None:
         Models(LinearEngine(0.01, 0.0), LinearLearner(1.0, 0.0)),
         1,
     )
-    trees: list[Tree] = []
+    kept: list[Tree] = []
     train = twin.train
 
-    async def keeping(version: int, batch: Sequence[TreeInFlight]) -> Mapping[str, float]:
-        trees.extend(tree.reference for tree in batch)
-        return await train(version, batch)
+    async def keeping(version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
+        kept.extend(tree.reference for tree in trees)
+        return await train(version, trees)
 
     twin.train = keeping
     virtually(twin.run())
-    late = [replace(tree, started_s=0.0, closed_s=2.0 + 8.0 * i) for i, tree in enumerate(trees)]
-    sampled = sum(int(np.count_nonzero(tree.version >= 0)) for tree in trees)
+    late = [replace(tree, started_s=0.0, closed_s=2.0 + 8.0 * i) for i, tree in enumerate(kept)]
+    sampled = sum(int(np.count_nonzero(tree.version >= 0)) for tree in kept)
     summary = {"tokens": {"trained": sampled // 2, "generated": sampled + 7}, "dropped": {}}
     step = {
         "time/window_s": 5.0,
