@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from system.bench.processes import run_to_end
 from system.bench.report import Report, against
 from system.bench.rounds import checked, in_turn, mean_ratio, together
 from system.bench.slow_search import slowed
-from system.bench.usage import Watch
+from system.bench.usage import MOST_FOREIGN, MOST_STEAL, Watch
 from system.errors import ConfigError
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
@@ -166,10 +165,10 @@ async def _measure(
             for search.latency in chosen:
                 for name in in_turn(list(ways), search.round):
                     where = {"way": name, "latency": str(search.latency), "round": search.round + 1}
-                    label, watch = f"{len(rows) + 1:02d}-{ways[name].recipe}", Watch([os.getpid()])
+                    label, watch = f"{len(rows) + 1:02d}-{ways[name].recipe}", Watch()
                     one = await _train(runs, label, ways[name], common, watch)
                     usage = watch.usage()
-                    busy = {"load": usage.load, "stolen": usage.stolen, "foreign": usage.foreign}
+                    busy = {key: getattr(usage, key) for key in ("load", "stolen", "foreign", "noise")}
                     summary = json.loads(one.summary_path.read_bytes())
                     found = figures(steps_of(one, SKIP), summary, list(read_trees(one.trees)))
                     rows.append({**where, **found, **busy})
@@ -194,7 +193,7 @@ def told(row: Mapping[str, Any]) -> str:
     """A run in a line."""
     return (
         f"round {row['round']}, {row['latency']}: {row['way']}: {row['trained_per_s']:.0f} trained tokens/s, "
-        f"{row['trees_per_h']:,.0f} trees/h; load {row['load']:.1f} before"
+        f"{row['trees_per_h']:,.0f} trees/h; {row['noise'] or 'quiet'}"
     )
 
 
@@ -262,7 +261,16 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     report.figure("throughput", _plot(cells, spreads, ways), "Trees trained on per hour")
     report.table(
         "Work per tree" + (f", and trees per hour against {ways[0]} round by round" * (len(ways) > 1)),
-        ["tool latency", "way", "tool calls", "generated tokens", "leaves that are forks", "ratios", "mean"],
+        [
+            "tool latency",
+            "way",
+            "tool calls",
+            "generated tokens",
+            "leaves that are forks",
+            "ratios",
+            "mean",
+            "of quiet rounds",
+        ],
         [
             [
                 one["latency"],
@@ -270,13 +278,18 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
                 one["tool_calls"],
                 one["generated"],
                 f"{one['fork_share']:.0%}",
-                ", ".join(f"{ratio:.2f}" for ratio in one["ratios"]) or None,
+                ", ".join(
+                    f"{ratio:.2f}{'*' * (number in one['noisy'])}" for number, ratio in one["ratios"].items()
+                )
+                or None,
                 one["ratio"],
+                one["quiet"],
             ]
             for one in found
         ],
         note="mean: geometric, with its 95 % interval by Student's t over the rounds. In a round a query is "
-        "as slow in one way as in the others.",
+        f"as slow in one way as in the others. *: in one of the two runs more than {MOST_STEAL:.0%} of the "
+        f"processors' time was stolen, or others used more than {MOST_FOREIGN:g} cores.",
     )
     report.section("Where the time goes")
     for actor in ("engine", "learner"):
@@ -318,8 +331,10 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
 
 
 def compared(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
-    """By latency and way, all rounds together: rates, work per tree, and trees per hour against ``base`` in
-    the same round; of rounds in which an interrupted measurement has both.
+    """By latency and way, all rounds together: rates, work per tree, and trees per hour against ``base``.
+
+    ``ratios``: in the same round, of rounds in which an interrupted measurement has both; ``noisy``: those of
+    them in which one of the two runs was not quiet; ``ratio`` and ``quiet``: the mean, with them and without.
     """
     cells: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -329,7 +344,9 @@ def compared(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any
         its, other = list(mine.values()), cells.get((latency, base), {})
         trees = sum(row["trees"] for row in its)
         shared = [number for number in mine if number in other and way != base]
-        ratios = [mine[number]["trees_per_h"] / other[number]["trees_per_h"] for number in shared]
+        ratios = {number: mine[number]["trees_per_h"] / other[number]["trees_per_h"] for number in shared}
+        noisy = [number for number in shared if mine[number]["noise"] or other[number]["noise"]]
+        quiet = [ratio for number, ratio in ratios.items() if number not in noisy]
         found.append(
             {
                 "latency": latency,
@@ -342,7 +359,9 @@ def compared(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any
                 "generated": sum(row["generated"] for row in its) / trees,
                 "fork_share": sum(row["fork_share"] * row["trees"] for row in its) / trees,
                 "ratios": ratios,
-                "ratio": mean_ratio(ratios) if ratios else None,
+                "noisy": noisy,
+                "ratio": mean_ratio([*ratios.values()]) if ratios else None,
+                "quiet": mean_ratio(quiet) if quiet else None,
             }
         )
     return found

@@ -138,11 +138,12 @@ def test_figures_of_a_run() -> None:
     assert (found["staleness_mean"], found["staleness_max"]) == (0.5, 1.0)
 
 
-def row(way: str, number: int, trees_per_h: float, window_s: float = 1.0) -> dict[str, Any]:
+def row(way: str, number: int, trees_per_h: float, window_s: float = 1.0, noise: str = "") -> dict[str, Any]:
     return {
         "way": way,
         "round": number,
         "latency": "constant",
+        "noise": noise,
         "trees_per_h": trees_per_h,
         "window_s": window_s,
         "trees": 10,
@@ -158,14 +159,18 @@ def row(way: str, number: int, trees_per_h: float, window_s: float = 1.0) -> dic
 
 
 def test_rounds_are_counted_together_and_compared_one_by_one() -> None:
-    runs = [row("linear", 1, 10.0), row("tree", 1, 20.0), row("tree", 2, 10.0, 3.0), row("linear", 2, 20.0)]
+    runs = [
+        *(row("linear", 1, 10.0), row("tree", 1, 20.0)),
+        *(row("tree", 2, 10.0, 3.0), row("linear", 2, 20.0, noise="others used 2 cores")),
+    ]
     linear, tree = compared(runs, "linear")
-    assert (linear["ratios"], linear["ratio"]) == ([], None)
+    assert (linear["ratios"], linear["ratio"], linear["quiet"]) == ({}, None, None)
     assert (linear["trees_per_h"], tree["trees_per_h"]) == (15.0, 12.5)
-    assert tree["ratios"] == [2.0, 0.5]
+    assert tree["ratios"] == {1: 2.0, 2: 0.5}
+    assert (tree["noisy"], tree["quiet"]) == ([2], "2.00")
     assert tree["ratio"].startswith("1.00 (")
     assert (linear["tool_calls"], tree["tool_calls"], tree["generated"]) == (4.0, 3.0, 10.0)
-    assert compared(runs[:-1], "linear")[1]["ratios"] == [2.0]  # interrupted
+    assert compared(runs[:-1], "linear")[1]["ratios"] == {1: 2.0}  # interrupted
 
 
 def test_the_report_compares_with_the_first_way(tmp_path: Path) -> None:
