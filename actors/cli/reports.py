@@ -66,9 +66,14 @@ def tree(args: argparse.Namespace) -> int:
     argument("words", nargs="*", metavar="ARGUMENT", help="what some benchmarks need; see examples"),
     argument("--out", type=Path, metavar="DIR", help="where the report goes (default: runs/bench-…)"),
     argument("--quick", action="store_true", help="a smaller measurement, for a first look"),
-    argument("--rounds", type=int, metavar="N", help="of trl: how often each way runs"),
-    argument("--latency", metavar="S,S", help="of trl: seconds that a search takes longer: 0,0.1"),
-    argument("--steps", type=int, metavar="N", help="of trl: training steps of a run"),
+    argument("--rounds", type=int, metavar="N", help="of trl, throughput: how often each way runs"),
+    argument(
+        "--latency",
+        metavar="S,S",
+        help="of trl: seconds that a search takes longer: 0,0.1; of throughput: σ of its latency: "
+        "0,1,1+stragglers",
+    ),
+    argument("--steps", type=int, metavar="N", help="of trl, throughput: training steps of a run"),
 )
 def bench(args: argparse.Namespace) -> int:
     """Measure a part of the system on this machine.
@@ -85,6 +90,8 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench throughput        whole runs: sync and async, linear and trees, by spread of tool latency
       espalier bench throughput 'linear async η=1' 'eager async η=1'
                                        these ways only, compared with the first
+      espalier bench throughput --rounds 8 --latency 1+stragglers 'linear async η=1' 'eager async η=1'
+                                       so many rounds, each with slow queries of its own; one latency only
       espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
       espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
                                        the twin at the speeds that these benchmarks measured predicts RUN

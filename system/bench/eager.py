@@ -10,7 +10,6 @@ written down as it is there, so an interrupted benchmark has what it measured.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 from system.bench.baselines import Way
 from system.bench.growth import Grown, Scenario, agent, grow, latencies
 from system.bench.report import Report
+from system.bench.rounds import mean_ratio, together
 from system.errors import ConfigError
-from system.evals.estimates import half_width
 from system.observe.jsonl import jsonable
 from system.observe.rundir import write_atomic
 from system.twin.agent import LeafAgent
@@ -159,8 +158,8 @@ def show(report: Report, found: Sequence[Pair], periods: int) -> None:
             [
                 staleness,
                 latency,
-                f"{together([one.linear for one in its]):,.0f}",
-                f"{together([one.eager for one in its]):,.0f}",
+                f"{together((one.linear.trees_per_h, one.linear.hours) for one in its):,.0f}",
+                f"{together((one.eager.trees_per_h, one.eager.hours) for one in its):,.0f}",
                 mean_ratio([one.ratio for one in its]),
                 f"{sum(one.ratio >= 1 for one in its)} of {len(its)}",
                 f"{fmean(one.eager.fork_share for one in its):.0%}",
@@ -186,16 +185,3 @@ def show(report: Report, found: Sequence[Pair], periods: int) -> None:
             for (staleness, latency), its in cases(found)
         ],
     )
-
-
-def together(runs: Sequence[Run]) -> float:
-    """Trees per hour over all ``runs``: all trees by all hours."""
-    return sum(one.trees_per_h * one.hours for one in runs) / sum(one.hours for one in runs)
-
-
-def mean_ratio(ratios: Sequence[float]) -> str:
-    """Their geometric mean, and its 95 % interval."""
-    logs = [math.log(ratio) for ratio in ratios]
-    mean, half = fmean(logs), half_width(logs)
-    between = f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})" if len(logs) > 1 else ""
-    return f"{math.exp(mean):.2f}{between}"

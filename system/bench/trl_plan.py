@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from system.bench.baselines import Way
+from system.bench.rounds import checked, in_turn
 from system.errors import ConfigError
 
 
@@ -78,8 +79,7 @@ class Plan:
             made = replace(made, steps=steps, slow_steps=min(steps, made.slow_steps))
         if latency:
             made = replace(made, latencies=_seconds(latency))
-        if made.rounds < 1:
-            raise ConfigError(f"--rounds {made.rounds}: 1 or more")
+        checked(made.rounds)
         if min(made.steps, made.slow_steps) < 4:
             raise ConfigError(
                 f"--steps {made.steps}: 4 or more, of which the first and the last do not count"
@@ -92,8 +92,7 @@ class Plan:
         for number in range(self.rounds):
             for i, latency in enumerate(self.latencies):
                 ways = [way for way in self.ways if i == 0 or not CONTESTANTS[way].fast_only]
-                at = number % len(ways) if ways else 0
-                found += [(number + 1, latency, way) for way in ways[at:] + ways[:at]]
+                found += [(number + 1, latency, way) for way in in_turn(ways, number)]
         return found
 
     def steps_at(self, latency: float) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from system.bench.baselines import Way
-from system.bench.eager import Pair, Run, cases, mean_ratio, pair, run, together
+from system.bench.eager import Pair, Run, cases, pair, run
 from system.bench.growth import Scenario, agent, twin
 from system.errors import ConfigError
 from system.flow.ledger import Ticket
@@ -54,17 +54,9 @@ def test_both_ways_meet_the_same_slow_calls() -> None:
     assert not calls("eager", AgentModel) < calls("fully-async", AgentModel)
 
 
-def test_ratios_are_averaged_as_ratios() -> None:
-    assert mean_ratio([1.0, 1.1, 1.21]) == "1.10 (0.87 to 1.39)"
-    assert mean_ratio([1.25]) == "1.25"
-
-
-def test_hours_count_for_all_seeds_together() -> None:
-    slow, quick = (
-        Run(trees, hours, 0.0, 0.0, 0.5, 1.0, 12.0) for trees, hours in ((100.0, 3.0), (300.0, 1.0))
-    )
-    assert together([slow, quick]) == 150.0
-    found = [Pair(eta, "constant", seed, slow, quick) for seed in (0, 1) for eta in (1, 4)]
+def test_a_case_is_all_seeds_of_an_eta_and_a_latency() -> None:
+    one = Run(100.0, 3.0, 0.0, 0.0, 0.5, 1.0, 12.0)
+    found = [Pair(eta, "constant", seed, one, one) for seed in (0, 1) for eta in (1, 4)]
     assert [(key, [one.seed for one in its]) for key, its in cases(found)] == [
         ((1, "constant"), [0, 1]),
         ((4, "constant"), [0, 1]),
