@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from system.awake import AwakeTimeout, awake_s
-from system.engine.answers import Broken, ChannelAnswers, HttpAnswers, refused
+from system.engine.answers import Answers, Broken, ChannelAnswers, HttpAnswers, refused
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
@@ -93,7 +93,7 @@ class EnginePool:
             raise ValueError("a pool of engines needs at least one URL")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._http = Http(self.urls, key)
-        self._answers = (ChannelAnswers if channel else HttpAnswers)(self._http, stall_s)
+        self._answers: Answers = (ChannelAnswers if channel else HttpAnswers)(self._http, stall_s)
         self._deadline_s, self._retries = deadline_s, retries
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served

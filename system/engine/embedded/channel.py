@@ -23,7 +23,7 @@ from system.text import named
 MAX_JSON_BYTES = 16 << 20
 
 
-class Channel:
+class RequestChannel:
     """One client's requests, served by ``engine`` on the event loop that runs."""
 
     def __init__(self, engine: EngineCore) -> None:

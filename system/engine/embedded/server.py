@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from system.engine.answers import CHANNEL
-from system.engine.embedded.channel import MAX_JSON_BYTES, Channel, answer, job_of, serve_channels
+from system.engine.embedded.channel import MAX_JSON_BYTES, RequestChannel, answer, job_of, serve_channels
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event
 from system.engine.embedded.loop import EngineFailed
@@ -166,7 +166,7 @@ class _Handlers:
         """All of one client's requests over one connection (:mod:`.channel`)."""
         if "Origin" in request.headers:  # what a page opens, which a browser lets it, unlike a POST of JSON
             raise web.HTTPForbidden(text="not for pages")
-        return await Channel(self._engine).run(request)
+        return await RequestChannel(self._engine).run(request)
 
     # Control -------------------------------------------------------------------------------------
 
