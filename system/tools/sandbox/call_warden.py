@@ -1,8 +1,9 @@
 """A warden of calls: it serves one after the other, each a program in a process of its own.
 
-Over its channel come requests, each answered before the next: :data:`.transport.REQUEST`, then the code.  A reply is a line of JSON, then what is ``kept`` of the program's
-two streams, so many bytes of each: either ``{failed}`` or ``{exit_code, timed_out, excess, wall_s, cpu_s,
-peak_rss_mb, stdout_bytes, stderr_bytes, kept, again}``; ``again``: the warden takes another request.
+Over its channel come requests, each answered before the next: :data:`.transport.REQUEST`, then the code.  A
+reply is a line of JSON, then what is ``kept`` of the program's two streams, so many bytes of each.  The line
+is ``{failed}`` or ``{exit_code, timed_out, excess, wall_s, cpu_s, peak_rss_mb, stdout_bytes, stderr_bytes,
+kept, again}``; ``again``: the warden takes another request.
 
 It stands outside the confinement: it enforces the wall deadline and the quota of files, keeps the output,
 cleans up behind each program, and kills it when the channel closes (the caller gave up, or died).  The next
@@ -71,7 +72,8 @@ class CallWarden:
             return False
         wall_s, length = REQUEST.unpack(header)
         with private_memory(length) as code:
-            if self._channel.recv_into(code, length, socket.MSG_WAITALL) < length:
+            # Asked for no bytes, recv_into takes as many as there is room for.
+            if length and self._channel.recv_into(code, length, socket.MSG_WAITALL) < length:
                 return False
             own.enter(uid)
             started, output = time.monotonic(), Output(self._confinement.settings.limits.output_chars)

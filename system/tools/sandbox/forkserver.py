@@ -1,4 +1,4 @@
-"""The helper process that forks wardens, which fork confined programs: much faster than starting interpreters.
+"""The helper process that forks wardens, which fork confined programs: faster than starting interpreters.
 
 Three kinds of process::
 
@@ -7,8 +7,8 @@ Three kinds of process::
 
 The control channel (SOCK_SEQPACKET) carries one message per warden: a byte that says of which kind, with the
 warden's own channel attached: one of calls (:mod:`.call_warden`), or of a tree of sessions
-(:mod:`.tree_warden`, :mod:`.shell_warden`).  A warden ends with its channel.  When the control channel closes,
-the fork server ends.  It never sees what programs do or say, so no warden inherits anything of that.
+(:mod:`.tree_warden`, :mod:`.shell_warden`).  A warden ends with its channel.  When the control channel
+closes, the fork server ends.  It never sees what programs do or say, so no warden inherits anything of that.
 """
 
 from __future__ import annotations
