@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +22,11 @@ async def running(box: Sandbox) -> AsyncIterator[Sandbox]:
         yield box
     finally:
         await box.close()
+
+
+def children(pid: int) -> list[int]:
+    """Of a fork server: its wardens; of a warden: its program."""
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []

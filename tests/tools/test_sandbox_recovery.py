@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from polling import eventually
-from sandboxes import running
+from sandboxes import children, running
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.result import SandboxResult
@@ -24,13 +24,6 @@ from system.tools.sandbox.sandbox import Sandbox
 async def fresh(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
     async with running(Sandbox(namespaces=request.param)) as box:
         yield box
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
 
 
 async def running_call(server: int) -> tuple[int, int]:

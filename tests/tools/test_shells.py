@@ -39,12 +39,13 @@ async def box(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sandbox
 @pytest_asyncio.fixture(loop_scope="module")
 async def tree(box: Sandbox) -> AsyncIterator[SessionTree]:
     """Whose processes are gone after the test, whatever it did."""
+    assert box.pid is not None
+    pid = box.pid
+    idle = [one for one in children(pid) if name(one) == "sandbox-warden"]  # of calls, as it was there before
     tree = await box.tree()
     yield tree
     await tree.close()
-    assert box.pid is not None
-    pid = box.pid
-    await eventually(lambda: not descendants(pid), 20, "a process is left")
+    await eventually(lambda: descendants(pid) == idle, 20, "a process is left")
 
 
 def warden(box: Sandbox) -> int:

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from polling import eventually
+from sandboxes import children
 
 from system.config import ToolsConfig
 from system.http import HttpClient
@@ -146,12 +147,12 @@ async def test_search_refuses_malformed_requests(search: AppServer, body: dict) 
 
 async def test_a_client_that_goes_away_ends_its_program(python: AppServer) -> None:
     pid = (await get(f"{python.url}/health"))["pid"]
-    children = Path(f"/proc/{pid}/task/{pid}/children")
+    programs = lambda: [program for warden in children(pid) for program in children(warden)]  # noqa: E731
     call = asyncio.ensure_future(post(f"{python.url}/run", {"code": "import time\ntime.sleep(600)"}))
-    await eventually(children.read_text, 20, "its program never ran")
+    await eventually(programs, 20, "its program never ran")
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
-    await eventually(lambda: not children.read_text(), 20, "its program still runs")
+    await eventually(lambda: not programs(), 20, "its program still runs")
 
 
 async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) -> None:

@@ -1,8 +1,9 @@
 """A file system of the sandbox's own, in mount, network and IPC namespaces.
 
 The fork server builds the *cell* once: a root on tmpfs that holds nothing but read-only binds of Python's
-library, the shared libraries and three devices.  Each call then gets a mount namespace of its own with a
-fresh, size-limited tmpfs as its scratch directory, which the kernel throws away with the call's last process.
+library, the shared libraries and three devices.  Each warden of calls then gets a mount namespace with a
+size-limited tmpfs as the scratch directory of its programs, one of its own after each that has touched it,
+and each program a PID namespace.
 Works as root, and as any user where the kernel and its security modules permit user namespaces.
 """
 
@@ -26,8 +27,7 @@ _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
 def build(settings: Settings) -> int:
     """Move this (single-threaded) process into new namespaces whose root is the cell.  Raises OSError.
 
-    The cell has no /proc; the descriptor returned is that of the host's, with which :func:`enter_call` writes
-    id maps.
+    The cell has no /proc; the descriptor returned is that of the host's, with which wardens write id maps.
     """
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
@@ -64,18 +64,31 @@ def build(settings: Settings) -> int:
     return proc
 
 
-def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
-    """Give this process (a call's warden) a mount namespace with an empty scratch directory for ``uid``, and
-    its next child a PID namespace.  Returns the scratch directory."""
-    _enter(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID, uid, proc)
-    mount_scratch(settings, uid, SCRATCH)
-    return SCRATCH
+def fork_warden(*, root: bool) -> int:
+    """Fork a warden of calls, as the first process of a PID namespace, with a mount namespace of its own.
+    Unless it is ``root`` it has a user namespace as well, and no id in it before :func:`keep_ids`.
+
+    It may start no thread (:func:`.kernel.fork_first`).
+    """
+    return kernel.fork_first(kernel.CLONE_NEWNS | (0 if root else kernel.CLONE_NEWUSER))
+
+
+def fork_program(own_pids: int) -> int:
+    """Fork, as the first process of a new PID namespace.  ``own_pids``: a descriptor of this process's own
+    one, to which it could not return if it did not own it."""
+    kernel.unshare(kernel.CLONE_NEWPID)
+    if pid := os.fork():
+        kernel.enter_namespace(own_pids, kernel.CLONE_NEWPID)
+    return pid
 
 
 def enter_tree(uid: int | None, proc: int) -> str:
     """A mount namespace for the warden of a tree of sessions.  Returns a directory for their scratch
     directories, in which a session can look none of them up."""
-    _enter(kernel.CLONE_NEWNS, uid, proc)
+    if uid is None:  # a user namespace as well: RLIMIT_NPROC then counts this tree's tasks alone
+        _unshare_user(kernel.CLONE_NEWNS, proc)
+    else:
+        kernel.unshare(kernel.CLONE_NEWNS)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("sessions", SCRATCH, "tmpfs", flags, "mode=0111,size=1m")
     return SCRATCH
@@ -98,21 +111,20 @@ def mount_scratch(settings: Settings, uid: int | None, target: str) -> None:
     owner = "" if uid is None else f",uid={uid},gid={uid}"
     size = settings.limits.disk_mb << 20
     options = f"mode=0700,size={size},nr_inodes={settings.limits.files}{owner}"
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV | (kernel.MS_NOEXEC if settings.shell is None else 0)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOATIME
+    flags |= kernel.MS_NOEXEC if settings.shell is None else 0
     kernel.mount("scratch", target, "tmpfs", flags, options)
-
-
-def _enter(flags: int, uid: int | None, proc: int) -> None:
-    if uid is None:  # a user namespace per call: RLIMIT_NPROC then counts this call's threads alone
-        _unshare_user(flags, proc)
-    else:
-        kernel.unshare(flags)
 
 
 def _unshare_user(flags: int, proc: int) -> None:
     """unshare with a user namespace in which this user keeps its own id."""
     uid, gid = os.geteuid(), os.getegid()
     kernel.unshare(flags | kernel.CLONE_NEWUSER)
+    keep_ids(uid, gid, proc)
+
+
+def keep_ids(uid: int, gid: int, proc: int) -> None:
+    """Let this process's ids be in its new user namespace what they were outside."""
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         handle = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
         try:

@@ -1,4 +1,4 @@
-"""The owner's end of a control channel: a message with a socket attached for each call, made over that."""
+"""The owner's end of a control channel, over which sockets are given away, one for each call made over it."""
 
 from __future__ import annotations
 
@@ -88,10 +88,15 @@ class Channel:
 
 
 async def _line(channel: socket.socket) -> bytes:
-    loop, data = asyncio.get_running_loop(), bytearray()
+    data = bytearray()
     while not data.endswith(b"\n"):
-        chunk = await loop.sock_recv(channel, 1 << 16)
-        if not chunk:
-            raise ConnectionResetError("closed before the reply was complete")
-        data += chunk
+        data += await received(channel)
     return bytes(data)
+
+
+async def received(channel: socket.socket) -> bytes:
+    """Some bytes of a reply.  Raises OSError where it ends too early."""
+    chunk = await asyncio.get_running_loop().sock_recv(channel, 1 << 16)
+    if not chunk:
+        raise ConnectionResetError("closed before the reply was complete")
+    return chunk

@@ -28,7 +28,7 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
-MS_MOVE = 0x2000
+MS_MOVE, MS_NOATIME = 0x2000, 0x400
 MNT_DETACH = 2
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
@@ -58,14 +58,20 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
-def fork_first() -> int:
-    """Fork, as the first process of a new PID namespace.  :func:`unshare` does that as well, but lets a
-    process start no thread any more.
+def enter_namespace(namespace: int, kind: int) -> None:
+    """Be in the namespace of this ``kind`` (CLONE_NEW…) behind a descriptor.  A PID namespace is entered by
+    the next child only."""
+    _check(_libc.setns(namespace, kind), "setns")
+
+
+def fork_first(more: int = 0) -> int:
+    """Fork, as the first process of a new PID namespace; ``more``: other new namespaces (CLONE_NEW…).
+    :func:`unshare` does that as well, but lets a process start no thread any more.
 
     The C library's own preparations are left out: the child, as its parent, must have one thread, and start
     processes only.
     """
-    return _syscall("clone", _CLONE[MACHINE], CLONE_NEWPID | signal.SIGCHLD, 0, 0, 0, 0)
+    return _syscall("clone", _CLONE[MACHINE], CLONE_NEWPID | more | signal.SIGCHLD, 0, 0, 0, 0)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

@@ -8,7 +8,7 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from system.tools.sandbox import cell, kernel, seccomp
@@ -32,7 +32,8 @@ _NET_TCP = 0b11  # bind, connect (ABI 4)
 _SCOPES = 0b11  # abstract UNIX sockets, signals (ABI 6)
 _READ = _READ_FILE | _READ_DIR | _EXECUTE
 
-_OWN_UIDS, _OWN_UIDS_SPAN = 0x70000000, 1 << 22  # beyond what anyone assigns; a process id is below 2^22
+# Beyond what anyone assigns, below 2^31: some for each warden, whose process id is below 2^22.
+_OWN_UIDS, _WARDENS, _UIDS_OF_WARDEN = 0x70000000, 1 << 22, 1 << 6
 _NOBODY = 65534
 # Stands for the program's own process id in the prepared filter; no real one is as large.
 _ANY_PID = 0x7F0A1B2C
@@ -51,12 +52,15 @@ class Confinement:
     shell_syscalls: bytes
     first_uid: int | None  # user id to drop to, see _unprivileged_uid; None: we are not root
     proc: int  # descriptor of the host's /proc, -1 outside a cell
+    ids: tuple[int, int]  # user and group of the fork server
 
-    def uid(self) -> int | None:
-        """The user id for the call that this process is the warden of."""
-        if self.first_uid == _OWN_UIDS:
-            return _OWN_UIDS + os.getpid() % _OWN_UIDS_SPAN
-        return self.first_uid
+    def uid(self, call: int = 0) -> int | None:
+        """The user id for a call, by its number, of the warden that this process is: where there are enough,
+        no other program alive has it, nor had any of the calls just before."""
+        if self.first_uid != _OWN_UIDS:
+            return self.first_uid
+        pid = os.getpid() if self.proc < 0 else int(os.readlink("self", dir_fd=self.proc))
+        return _OWN_UIDS + pid % _WARDENS * _UIDS_OF_WARDEN + call % _UIDS_OF_WARDEN
 
     def mechanisms(self) -> list[str]:
         """What confines a call here, for logs and reports."""
@@ -86,14 +90,16 @@ def prepare(settings: Settings) -> Confinement:
         shell_syscalls=seccomp.shell_program(kernel.MACHINE),
         first_uid=_unprivileged_uid(settings),
         proc=proc,
+        ids=(os.geteuid(), os.getegid()),
     )
 
 
-def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int) -> None:
+def confine(confinement: Confinement, scratch: str, ruleset: int, uid: int | None, leash: int) -> None:
     """Confine this process to ``scratch``, for good.  Raises OSError if any part of it fails.
 
-    It must be single-threaded.  Its descriptors above 2 are closed, all but ``leash``, a socket whose other
-    end its parent holds: the process dies with its parent, even when that died before it could ask for this.
+    It must be single-threaded.  ``ruleset``: of :func:`landlock_ruleset` for ``scratch``.  Its descriptors
+    above 2 are closed, all but ``leash``, a socket whose other end its parent holds: the process dies with
+    its parent, even when that died before it could ask for this.
     """
     limits = confinement.settings.limits
     _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
@@ -103,7 +109,7 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
     if select.select([leash], [], [], 0)[0]:
         raise ProcessLookupError("the warden is gone")
-    _enclose(confinement, scratch, scratch, leash)
+    _enclose(confinement, ruleset, scratch, leash)
     own = os.getpid().to_bytes(4, sys.byteorder)
     kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
 
@@ -125,7 +131,7 @@ def confine_session(
     _limit(resource.RLIMIT_NPROC, tasks + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
-    _enclose(confinement, directories, home, control)
+    _enclose(confinement, landlock_ruleset(confinement, directories), home, control)
     listener = kernel.install_listened_filter(confinement.session_forks)
     listen(listener)
     os.close(listener)
@@ -140,17 +146,17 @@ def confine_command(confinement: Confinement, uid: int | None, leash: int) -> No
     _limit(resource.RLIMIT_NPROC, limits.threads * limits.branches + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
-    _enclose(confinement, cell.OF_SHELL, cell.FILES, leash)
+    _enclose(confinement, landlock_ruleset(confinement, *cell.OF_SHELL), cell.FILES, leash)
     kernel.install_filter(confinement.shell_syscalls)
 
 
-def _enclose(confinement: Confinement, writable: str | Sequence[str], home: str, kept: int) -> None:
+def _enclose(confinement: Confinement, ruleset: int, home: str, kept: int) -> None:
     """Keep this process to its directories and from all privileges, and close and bound its descriptors."""
     os.chdir(home)
     os.umask(0o077)
     kernel.no_new_privileges()
     if confinement.landlock:
-        kernel.landlock_restrict(_landlock_ruleset(confinement, writable))
+        kernel.landlock_restrict(ruleset)
     kernel.drop_capabilities()
     os.closerange(3, kept)
     os.closerange(kept + 1, MAX_DESCRIPTORS)
@@ -158,17 +164,19 @@ def _enclose(confinement: Confinement, writable: str | Sequence[str], home: str,
     _limit(resource.RLIMIT_NOFILE, confinement.settings.limits.open_files)
 
 
-def _landlock_ruleset(confinement: Confinement, writable: str | Sequence[str]) -> int:
-    """Read Python's library, write only what is ``writable``; no TCP, no signal or abstract socket to
-    the outside."""
+def landlock_ruleset(confinement: Confinement, *writable: str) -> int:
+    """Read Python's library, write only beneath what is ``writable``; no TCP, no signal or abstract socket to
+    the outside.  Returns a descriptor, -1 where the kernel has no Landlock.  Raises OSError."""
     version = confinement.landlock
+    if not version:
+        return -1
     handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
     ruleset = kernel.landlock_ruleset(
         handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
     )
     for handle, rights in confinement.readable:
         kernel.landlock_allow(ruleset, handle, rights)
-    for directory in (writable,) if isinstance(writable, str) else writable:
+    for directory in writable:
         handle = os.open(directory, os.O_PATH | os.O_CLOEXEC)
         kernel.landlock_allow(ruleset, handle, handled)
         os.close(handle)
@@ -206,8 +214,9 @@ def _limit(kind: int, value: int) -> None:
 def _foreign_tasks(confinement: Confinement, uid: int | None) -> int:
     """A bound on the tasks that RLIMIT_NPROC counts for our user id and that are not the call's.
 
-    With a user id, or a user namespace, of the call's own there is at most the warden.  Otherwise the same
-    user's other processes count as well; the number of all tasks on the machine bounds them at no cost.
+    With a user id of the call's own, or a user namespace of its warden's, there is at most the warden.
+    Otherwise the same user's other processes count as well; the number of all tasks on the machine bounds
+    them at no cost.
     """
     if confinement.settings.namespaces or (uid or 0) >= _OWN_UIDS:
         return 1

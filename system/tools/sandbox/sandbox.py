@@ -50,7 +50,7 @@ PRELOADED = (
     "string",
     "typing",
 )
-_ATTEMPTS = 3  # of one call, each with a warden of its own
+_ATTEMPTS = 3  # of one call, each with another warden
 _SERVERS = 10  # fork servers that may die under one call before it has begun
 
 
@@ -137,7 +137,7 @@ class Sandbox:
             while attempts < _ATTEMPTS and deaths < _SERVERS:
                 server = await self._running_server(line)
                 try:
-                    reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + sessions.GRACE_S)
+                    reply = await server.run(code, wall_s, wall_s + sessions.GRACE_S)
                 except Lost:  # the program may run again: nothing it did has left the sandbox
                     if server.dead:  # a call that has begun outlives its fork server: this one had not
                         deaths += 1

@@ -1,9 +1,11 @@
 """What the wardens of sessions have in common: calls over a channel, room, directories.
 
-Over the channel comes one socket per call, as for :mod:`.forkserver`; its one request is ``{do, …}``:
+Over the channel (SOCK_SEQPACKET) come messages of a byte, each with the socket of one call, over which go one
+request and one reply, each a line of JSON.  The request is ``{do, …}``:
 
 - ``open {…}`` → ``{session}``;  ``close {session}`` → ``{}``
-- ``run {session, code, wall_s, …}`` → what a call's warden replies, with ``ended``: the session is gone
+- ``run {session, code, wall_s, …}`` → ``{exit_code, timed_out, excess, wall_s, cpu_s, peak_rss_mb, stdout,
+  stdout_bytes, stderr, stderr_bytes, ended}``; ``ended``: the session is gone
 - ``fork {session, wall_s}`` → ``{session}`` (of a shell ``held_mb`` as well), or
   ``{refused, ended}``: why not, and whether it is gone
 
@@ -72,6 +74,10 @@ class SessionWarden(ABC, Generic[_Kept]):
         self._coming = 0  # sessions that begin
         self._lock = threading.Lock()
         self._copies = threading.Semaphore(_COPIES)
+
+    @staticmethod
+    def fork(_: Confinement) -> int:
+        return os.fork()
 
     @abstractmethod
     def _open(self, request: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+REQUEST = struct.Struct("!dI")  # of a call: the seconds that its program has, the bytes of code that follow
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 _MOST_DESCRIPTORS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import time
@@ -11,30 +12,52 @@ from dataclasses import dataclass
 _READ_SIZE = 1 << 16
 
 
-class Capture:
-    """The first and the last ``limit`` bytes of a stream, and how many there were."""
+def private_memory(size: int) -> mmap.mmap:
+    """Zeros that the kernel takes back when they are closed."""
+    return mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def __init__(self, limit: int):
-        self._limit = limit
-        self.head, self.tail, self.total = bytearray(), bytearray(), 0
+
+class Capture:
+    """The first or the last ``limit`` bytes of a stream, and how many there were.
+
+    They lie in memory of their own: once closed, a process that is forked off ours finds nothing of them.
+    """
+
+    def __init__(self, limit: int, *, first: bool):
+        self._limit, self._first = limit, first
+        self._memory = private_memory(limit + _READ_SIZE)
+        self._view = memoryview(self._memory)
+        self._held = self.total = 0
 
     def read(self, descriptor: int) -> bool:
         """Take what a pipe has; False at its end, or when a non-blocking one is empty."""
         try:
-            data = os.read(descriptor, _READ_SIZE)
+            count = os.readv(descriptor, [self._view[self._held : self._held + _READ_SIZE]])
         except BlockingIOError:
             return False
-        self.total += len(data)
-        self.head += data[: max(0, self._limit - len(self.head))]
-        self.tail = (self.tail + data)[-self._limit :]
-        return bool(data)
+        self.total += count
+        self._held += count
+        if self._held > self._limit:
+            if not self._first:
+                self._memory.move(0, self._held - self._limit, self._limit)
+            self._held = self._limit
+        return count > 0
+
+    @property
+    def kept(self) -> memoryview:
+        return self._view[: self._held]
+
+    def close(self) -> None:
+        """No view of what was kept may be left."""
+        self._view.release()
+        self._memory.close()
 
 
 class Output:
-    """What a program writes to two pipes, the ends of which it is given."""
+    """What a program writes to two pipes, the ends of which it is given: of the first its beginning is kept,
+    of the second its end."""
 
     def __init__(self, output_chars: int):
-        kept = 4 * output_chars  # UTF-8: at most four bytes a character
         out = os.pipe()
         try:
             err = os.pipe()
@@ -43,8 +66,9 @@ class Output:
             os.close(out[1])
             raise
         self.given = (out[1], err[1])
-        self._stdout, self._stderr = Capture(kept), Capture(kept)
-        self.captures = {out[0]: self._stdout, err[0]: self._stderr}
+        limit = 4 * output_chars  # UTF-8: at most four bytes a character
+        self.stdout, self.stderr = Capture(limit, first=True), Capture(limit, first=False)
+        self.captures = {out[0]: self.stdout, err[0]: self.stderr}
 
     def close_given(self) -> None:
         """Of our process, once another one has them."""
@@ -59,12 +83,17 @@ class Output:
                 pass
             os.close(end)
 
+    def close(self) -> None:
+        """Let go of what was kept."""
+        for capture in self.captures.values():
+            capture.close()
+
     def told(self) -> dict[str, str | int]:
         return {
-            "stdout": self._stdout.head.decode(errors="replace"),
-            "stdout_bytes": self._stdout.total,
-            "stderr": self._stderr.tail.decode(errors="replace"),
-            "stderr_bytes": self._stderr.total,
+            "stdout": str(self.stdout.kept, errors="replace"),
+            "stdout_bytes": self.stdout.total,
+            "stderr": str(self.stderr.kept, errors="replace"),
+            "stderr_bytes": self.stderr.total,
         }
 
 
