@@ -27,7 +27,6 @@ DYNAMIC = {
 # What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
 ALIVE = {
     "asyncio calls a loop's methods": "executor",
-    "a signal handler is given a frame": "frame",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
     "rich reads it": "min_width",
