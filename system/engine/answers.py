@@ -15,6 +15,7 @@ import orjson
 from system.engine.control import Http
 from system.engine.protocol import EngineError
 from system.engine.stream import MAX_MESSAGE_BYTES, EventSplitter
+from system.errors import EspalierError
 from system.http import CONNECT_S
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _CLOSE_S = 1.0
 Message = dict[str, Any]
 
 
-class Broken(Exception):
+class Broken(EspalierError):
     """The stream broke or never began, through no fault of the request; it may go on elsewhere."""
 
     def __init__(self, error: Exception | str, *, answered: bool = False) -> None:

@@ -45,13 +45,13 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 async def place(model_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch) -> Place:
     """An endpoint in front of a real engine."""
     books = EngineBooks()
-    told = server._Handlers._message
+    told = server.answer
 
-    def message(self: Any, job: Any, event: Any, count: int) -> dict[str, Any]:
+    def message(engine: Any, job: Any, event: Any, count: int) -> dict[str, Any]:
         books.see(job, event)
-        return told(self, job, event, count)
+        return told(engine, job, event, count)
 
-    monkeypatch.setattr(server._Handlers, "_message", message)
+    monkeypatch.setattr(server, "answer", message)
     config = EngineConfig(device="cpu", max_running=64, max_context=4096, cache_slots=64)
     engine = EmbeddedEngine(config, model_path, seed=0)
     url = await engine.start()

@@ -111,7 +111,8 @@ def test_three_sets_on_tiny_data(
     assert len(of_model) == 4
     assert {(one["temperature"], one["top_p"], one["max_tokens"]) for one in of_model} == {(0.6, 0.95, 28672)}
     assert all("\\boxed{answer here}" in one["messages"][0]["content"] for one in of_model)
-    told = [one["messages"][-1]["content"] for one in to_judge]
+    trial, *told = [one["messages"][-1]["content"] for one in to_judge]
+    assert "What is 1 + 1?" in trial, "each start asks the judge for one grade"
     assert len(told) == 2, "an answer that is the reference, and a set by F1, need no judge"
     assert {("apples" in one, "pears" in one) for one in told} == {(True, False), (False, True)}
     sets = json.loads(Path("result.json").read_text())["sets"]
@@ -124,7 +125,7 @@ def test_three_sets_on_tiny_data(
     assert sets["gsm8k"]["reward_low"] < sets["gsm8k"]["reward"] == 0.5 < sets["gsm8k"]["reward_high"]
     assert [*sets["gaia"]["kinds"]] == ["2"]
     assert main([*words, "--out", "result.md"]) == 0
-    assert len(asked) == 6, "all answers are known"
+    assert len(asked) == 7 + 1, "all answers are known; the judge is tried at the start"
     (of_set,) = [line for line in Path("result.md").read_text().splitlines() if "hotpotqa" in line]
     assert of_set.startswith("| hotpotqa | 1 | 0.0% (0.0% to 79.3%) | 0.667 | ")
 
