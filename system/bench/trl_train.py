@@ -140,9 +140,8 @@ class TrlScores:
         **_: Any,
     ) -> list[float]:
         found: list[float] = []
-        eos = self._tokenizer.eos_token_id
         for messages, ids, name, gold in zip(completions, completion_ids, id, answers, strict=True):
-            text = self._tokenizer.decode([one for one in ids if one != eos])
+            text = self._decoded(ids)
             branch = branch_of(text, messages, self._toolbox.status, self._shown)
             found.append(self._reward.score(Prompt(name, (), tuple(gold)), branch).value)
         self.batch = {
@@ -160,7 +159,12 @@ class TrlScores:
         return found
 
     def _shown(self, text: str) -> str:
-        return self._tokenizer.decode(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._decoded(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _decoded(self, ids: list[int]) -> str:
+        """Without end tokens, which a program may hold and an error of the tool then repeats."""
+        eos = self._tokenizer.eos_token_id
+        return self._tokenizer.decode([one for one in ids if one != eos])
 
 
 class Steps(TrainerCallback):
