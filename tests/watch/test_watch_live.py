@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +29,31 @@ SMALL = (
     "observe.wandb=disabled",
     "observe.progress_s=1",
 )
+FREE = 160  # leaves: those of the first evaluation, of more than one batch, and of the trees still growing
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    arguments = ["configs/quickstart.yaml", f"run.dir={tmp_path}", "run.name=live", *SMALL]
+def seen_enough(tmp_path: Path) -> Path:
+    """The file that lets the run go on beyond its first batches, however slow the browser."""
+    return tmp_path / "go-on"
+
+
+@pytest.fixture
+def run(tmp_path: Path, seen_enough: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    held = (
+        "reward.name=held_reward:HeldReward",
+        f"reward.options={{free: {FREE}, until: {seen_enough}}}",
+        f"reward.deadline_s={WAIT_S}",
+        f"reward.close_deadline_s={WAIT_S}",
+    )
+    arguments = ["configs/quickstart.yaml", f"run.dir={tmp_path}", "run.name=live", *SMALL, *held]
     found = Run(tmp_path / "live", arguments)
     yield found
     found.kill()
 
 
-async def test_a_quickstart_while_it_runs(browser: Any, run: Run, shots: Path) -> None:
+async def test_a_quickstart_while_it_runs(browser: Any, run: Run, seen_enough: Path, shots: Path) -> None:
     there = run.directory / "config.yaml"
     await asyncio.to_thread(run.wait_for, there.exists, WAIT_S, "a run directory")
     server, address = await start([run.directory])
@@ -57,6 +72,7 @@ async def test_a_quickstart_while_it_runs(browser: Any, run: Run, shots: Path) -
     known = "Number(document.querySelector('#matched').textContent.match(/of ([0-9]+) /)[1])"
     await seen.until(f"document.querySelector('#matched') && {known} > 0", WAIT_S)
     first = await page.evaluate(known)
+    seen_enough.touch()
     await seen.until(f"{known} > {first}", WAIT_S)
     await page.fill("#forks_min", "1")
     await page.wait_for_selector("tbody tr[data-tree]")
