@@ -281,6 +281,11 @@ class LearnerGroup:
         """Write the adapters of the model ``base`` in PEFT's format."""
         await self._all("save_adapters", path, base)
 
+    def end(self) -> None:
+        """End every rank now: nothing that is not saved is wanted any more."""
+        for rank in self.ranks.values():
+            ray.kill(rank)
+
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         raylet.check()  # the arguments may be a large object
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks.values()]

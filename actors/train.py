@@ -127,6 +127,7 @@ async def _train(run: _Run, places: Placement) -> int:
     try:
         return await watched(_conduct(run, actors), beats.watch())
     finally:
+        actors.learner.end()  # the largest process: its memory would still be held while the curves are drawn
         await actors.pool.close()
 
 
