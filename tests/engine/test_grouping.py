@@ -68,3 +68,12 @@ def test_few_rows_are_never_moved():
     regrouping = Regrouping()
     length = np.array([1, 1000] * 15, np.int64)
     assert all(regrouping.due(length) is None for _ in range(1000))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(lengths, st.integers(1, 4)), min_size=1, max_size=4))
+def test_runs_of_rows_that_grow_and_change_are_those_computed_anew(phases: list[tuple[np.ndarray, int]]):
+    regrouping = Regrouping()
+    for length, steps in phases:
+        for step in range(steps):
+            assert regrouping.runs(length + step) == runs(length + step)

@@ -57,20 +57,35 @@ class Regrouping:
 
     def __init__(self) -> None:
         self._wasted = 0
+        self._seen = np.zeros(0, np.int64)  # the lengths that what follows was computed for
+        self._runs: list[tuple[int, int]] = []
+        self._waste = 0  # of a step
+        self._moves = (self._seen, self._seen)
+
+    def runs(self, length: Ints) -> list[tuple[int, int]]:
+        """:func:`runs`, computed anew only where rows have not just grown alike."""
+        self._look(length)
+        return self._runs
 
     def due(self, length: Ints) -> tuple[Ints, Ints] | None:
         """Called once a step with the rows' lengths; the moves to make now, if any."""
-        if length.size < 2 * _RUN:
+        self._look(length)
+        if self._waste <= 0:
             return None
-        wasted = cost(length) - cost(np.sort(length)[::-1])
-        if wasted <= 0:
-            return None
-        self._wasted += wasted
-        sources, targets = regrouped(length)
-        if self._wasted < _MOVE_COST * int(length[sources].sum()):
+        self._wasted += self._waste
+        if self._wasted < _MOVE_COST * int(length[self._moves[0]].sum()):
             return None
         self._wasted = 0
-        return sources, targets
+        return self._moves
+
+    def _look(self, length: Ints) -> None:
+        """Where all have grown by the same, runs, waste and moves are as they were."""
+        if length.size == self._seen.size and (not length.size or np.ptp(length - self._seen) == 0):
+            return
+        self._seen, self._runs, self._waste = length.copy(), runs(length), 0
+        if length.size >= 2 * _RUN:
+            self._waste = cost(length) - cost(np.sort(length)[::-1])
+            self._moves = regrouped(length)
 
 
 def _edges(n: int) -> Ints:

@@ -50,7 +50,8 @@ class Batch:
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    places: Tensor  # [T] int64: row · context + position, where this token's key and value are written
+    places: Tensor  # [T] int64: row · context + position
+    heads: Tensor  # [T · 2 · kv_heads] int64: where the token's keys and values are written (KVStore.layers)
     segments: tuple[KVSegment, ...]
     last: Tensor | None  # [N] packed index of each row's last token; None: every token is one (pure decoding)
     adapted: Tensor | None = None  # [T, K] each token's adapters (AdapterStack.mask); None: there are none
@@ -61,47 +62,48 @@ class Batch:
 
 
 class KVStore:
-    """Keys and values of every slot: ``[2, layers, slots, context, kv_heads, head_dim]``; and the experts
-    that computed them.
+    """Keys and values of every slot: ``[layers, slots, 2 · kv_heads, context, head_dim]``, the key heads
+    first; and the experts that computed them.
 
     Zero-filled, because masked-out garbage must stay finite.
     """
 
     def __init__(self, shape: ModelShape, slots: int, context: int, dtype: torch.dtype, device: torch.device):
         groups, size = shape.kv_heads, shape.head_dim
-        self.data = lazy_zeros((2, shape.layers, slots, context, groups, size), dtype, device)
-        # Per layer, for writing: every place of every slot in one axis, [slots·context, kv_heads, head_dim].
-        self.keys = [keys.view(-1, groups, size) for keys in self.data[0]]
-        self.values = [values.view(-1, groups, size) for values in self.data[1]]
+        self.data = lazy_zeros((shape.layers, slots, 2 * groups, context, size), dtype, device)
+        # Per layer, for writing: every place of every head of every slot in one axis.
+        self.layers = [layer.view(-1, size) for layer in self.data]
         # Of sparse layers the experts that each token chose: what its keys and values behind them came from.
         kept = shape.experts
         sparse, chosen = (kept.layers, kept.chosen) if kept else (0, 0)
         few = torch.uint8 if kept and route_type(kept.count) is np.uint8 else torch.int16
         self._routes = torch.zeros((sparse, slots, context, chosen), dtype=few, device=device)
         self.routes = [layer.view(-1, chosen) for layer in self._routes]
-        self._row = context * groups * size
-        self._strides = (self._row, size, groups * size, 1)
+        self._strides = self.data.stride()[1:]
 
     def context(self, layer: int, first_row: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[rows, kv_heads, length, head_dim]`` for reading (views)."""
-        _, layers, slots, _, groups, size = self.data.shape
-        shape, start = (rows, groups, length, size), (layer * slots + first_row) * self._row
+        _, slots, heads, _, size = self.data.shape
+        slot, head = self._strides[:2]
+        groups, start = heads // 2, (layer * slots + first_row) * slot
+        shape = (rows, groups, length, size)
         return (
             self.data.as_strided(shape, self._strides, start),
-            self.data.as_strided(shape, self._strides, start + layers * slots * self._row),
+            self.data.as_strided(shape, self._strides, start + groups * head),
         )
 
     def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64], stop: int) -> None:
         """Permute slots up to position ``stop``: what slot ``sources[i]`` held, ``targets[i]`` holds."""
         index = torch.from_numpy(np.stack([sources, targets])).to(self.data.device)
-        for held, slots in ((self.data[:, :, :, :stop], 2), (self._routes[:, :, :stop], 1)):
-            held.index_copy_(slots, index[1], held.index_select(slots, index[0]))
+        for held in (self.data[:, :, :, :stop], self._routes[:, :, :stop]):
+            held.index_copy_(1, index[1], held.index_select(1, index[0]))
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy context positions ``start .. stop`` of one slot to another, all layers at once."""
         if stop > start:
-            self.data[:, :, target, start:stop] = self.data[:, :, source, start:stop]
-            self._routes[:, target, start:stop] = self._routes[:, source, start:stop]
+            self.data[:, target, :, start:stop] = self.data[:, source, :, start:stop]
+            if self.routes:
+                self._routes[:, target, start:stop] = self._routes[:, source, start:stop]
 
     def routes_of(self, slot: int, start: int, stop: int) -> Routes:
         """``[stop - start, sparse layers, k]`` the experts of positions ``start .. stop`` of a slot, on the
@@ -162,16 +164,16 @@ class Decoder:
         routes = iter(kv.routes)
         for index, layer in enumerate(weights.layers):
             own = _Projections(adapters[index] if adapters else {}, batch.adapted)
-            x = x + self._attention(index, layer, own, kv, batch, x, cos, sin)
+            x += self._attention(index, layer, own, kv, batch, x, cos, sin)
             normed = rms_norm(x, layer.ffn_norm, eps)
             if layer.router is not None and self.shape.experts is not None:
                 choice, weight = choose(normed, layer.router, self.shape.experts)
                 record = next(routes)
                 record.index_copy_(0, batch.places, choice.to(record.dtype))
-                x = x + mixture(normed, choice, weight, layer.gate_up, layer.down)
+                x += mixture(normed, choice, weight, layer.gate_up, layer.down)
             else:
                 gate, up = own("gate_up", normed, layer.gate_up).chunk(2, -1)
-                x = x + own("down", F.silu(gate) * up, layer.down)
+                x += own("down", F.silu(gate).mul_(up), layer.down)
         return x
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
@@ -208,10 +210,9 @@ class Decoder:
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, shape.eps)
         # Not addcmul: in bfloat16 the Hugging Face model rounds both products before it adds them.
-        qk = (qk * cos).add_(qk.roll(size // 2, -1) * sin)
-        kv.keys[index].index_copy_(0, batch.places, qk[:, heads:])
-        kv.values[index].index_copy_(0, batch.places, qkv[:, heads + groups :])
-        q = qk[:, :heads]
+        torch.add(qk * cos, qk.roll(size // 2, -1) * sin, out=qkv[:, : heads + groups])
+        kv.layers[index].index_copy_(0, batch.heads, qkv[:, heads:].reshape(-1, size))
+        q = qkv[:, :heads]
         parts = [
             self._attend(
                 segment,

@@ -67,8 +67,11 @@ class Rows:
         moved).
         """
         last = len(self.jobs) - 1
-        self.move([last], [row])
+        self.jobs[row] = self.jobs[last]
         self.jobs.pop()
+        for array in self._arrays:
+            array[row] = array[last]
+        self._groups = None
         return last
 
     def clear(self) -> None:
@@ -116,9 +119,7 @@ class Rows:
         """Count one new token per row and keep its numbers until they are sent."""
         n = len(self.jobs)
         place = self.length[:n] - self.sent[:n]
-        self.pending[np.arange(n), place] = np.stack(
-            [sampled.logprob, sampled.kept_logprob, sampled.entropy], -1
-        )
+        self.pending[np.arange(n), place] = sampled.numbers
         self.length[:n] += 1
 
     def stop_candidates(self, tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +37,21 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """The K rows with top-k or top-p."""
+
+    rows: Tensor  # [K] int64
+    top_p: Tensor  # [K, 1] float32
+    top_k: Tensor  # [K, 1] int64
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """Sampling parameters of the N rows of a step, on the device; rebuilt only when the rows change."""
 
     inverse_temperature: Tensor | None  # [N, 1] float32, 1 for greedy rows; None: all are 1
     greedy: Tensor | None  # [N] bool; None: no row is greedy
-    truncated: Tensor | None  # [K] int64 rows with top-k or top-p; None: there are none
-    top_p: Tensor  # [K, 1] float32
-    top_k: Tensor  # [K, 1] int64
+    truncation: Truncation | None  # None: no row has top-k or top-p
 
     @classmethod
     def build(
@@ -56,28 +64,30 @@ class SamplingBatch:
     ) -> SamplingBatch:
         """From [N] arrays; temperature 0 is greedy, ``top_k`` -1 and ``top_p`` 1 are off."""
         greedy = temperature == 0
-        inverse = np.where(greedy, 1.0, 1.0 / np.where(greedy, 1.0, temperature)).astype(np.float32)
+        own = np.where(greedy, 1.0, temperature)
         limit = np.where(top_k < 1, vocab, top_k)
         rows = np.flatnonzero(~greedy & ((limit < vocab) | (top_p < 1)))
+
+        def put(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         return cls(
-            inverse_temperature=None
-            if (inverse == 1).all()
-            else torch.from_numpy(inverse[:, None]).to(device),
-            greedy=torch.from_numpy(greedy).to(device) if greedy.any() else None,
-            truncated=torch.from_numpy(rows).to(device) if rows.size else None,
-            top_p=torch.from_numpy(top_p[rows, None]).to(device),
-            top_k=torch.from_numpy(limit[rows, None]).to(device),
+            inverse_temperature=None if (own == 1).all() else put((1.0 / own).astype(np.float32)[:, None]),
+            greedy=put(greedy) if greedy.any() else None,
+            truncation=Truncation(put(rows), put(top_p[rows, None]), put(limit[rows, None]))
+            if rows.size
+            else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row, on the host; all [N]."""
+    """One token per row, on the host."""
 
-    tokens: NDArray[np.int64]
-    logprob: NDArray[np.float64]  # under the temperature-scaled distribution over the whole vocabulary
-    kept_logprob: NDArray[np.float64]  # renormalised over what top-k and top-p kept
-    entropy: NDArray[np.float64]  # nats, of the temperature-scaled distribution over the whole vocabulary
+    tokens: NDArray[np.int64]  # [N]
+    # [N, 3] log-probability under the temperature-scaled distribution over the whole vocabulary; the same
+    # renormalised over what top-k and top-p kept; entropy of that distribution in nats
+    numbers: NDArray[np.float64]
 
 
 def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -> Sampled:
@@ -89,8 +99,8 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -
     # ln Z by the likeliest token: its probability is never tiny, so nothing is lost in the logarithm.
     log_z = scaled.amax(-1) - p.amax(-1).log()
     entropy = log_z - torch.linalg.vecdot(p, scaled)
-    if batch.truncated is not None:
-        p[batch.truncated] = truncate(p[batch.truncated], batch.top_p, batch.top_k)
+    if (cut := batch.truncation) is not None:
+        p[cut.rows] = truncate(p[cut.rows], cut.top_p, cut.top_k)
     # In float64: a float32 running sum would make the rarest tokens of a large vocabulary unreachable.
     cumulative = p.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
@@ -100,11 +110,11 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -
         token = torch.where(batch.greedy[:, None], logits.argmax(-1, keepdim=True), token)
     logprob = (scaled.gather(1, token)[:, 0] - log_z).double()
     kept = logprob
-    if batch.truncated is not None:
+    if cut is not None:
         kept = logprob.clone()
-        kept[batch.truncated] -= total[batch.truncated, 0].log()
-    host = torch.stack([token[:, 0].double(), logprob, kept, entropy.double()]).cpu().numpy()
-    return Sampled(host[0].astype(np.int64), host[1], host[2], host[3])
+        kept[cut.rows] -= total[cut.rows, 0].log()
+    host = torch.stack([token[:, 0].double(), logprob, kept, entropy.double()], -1).cpu().numpy()
+    return Sampled(host[:, 0].astype(np.int64), host[:, 1:])
 
 
 def truncate(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:

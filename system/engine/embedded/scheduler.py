@@ -112,7 +112,7 @@ class Scheduler:
         self.counters = Counters()
         self._decoder = Decoder(shape, context, dtype, device)
         self._slots = SlotTable(config.max_running, config.cache_slots, context)
-        self._batcher = Batcher(context, dtype, device)
+        self._batcher = Batcher(context, shape.kv_heads, dtype, device)
         self._kv = KVStore(shape, self._slots.total, context, dtype, device)
         self._rows = Rows(config.max_running, config.chunk_tokens, shape.vocab, device)
         self._regrouping = Regrouping()
@@ -311,7 +311,7 @@ class Scheduler:
             stop = admitted.cached + self._max_prefill
             piece = RowSlice(row, np.array([admitted.cached]), np.array([stop]))
             nobody = np.zeros(0, np.int64)
-            batch = self._batcher.pack(self._slots.tokens, nobody, [piece], self._adapted)
+            batch = self._batcher.pack(self._slots.tokens, nobody, [], [piece], self._adapted)
             hidden = self._decoder.forward(self.weights, self._kv, batch, self.adapters.layers)
             self._score(job, hidden, admitted.cached)
             admitted.cached = stop
@@ -334,7 +334,8 @@ class Scheduler:
         for first, last in similar_widths([one.suffix for one in admitted]):
             start = np.array([one.cached for one in admitted[first:last]])
             pieces.append(RowSlice(decoding + first, start, length[decoding + first : decoding + last]))
-        return self._batcher.pack(self._slots.tokens, length[:decoding], pieces, self._adapted)
+        runs = self._regrouping.runs(length[:decoding])
+        return self._batcher.pack(self._slots.tokens, length[:decoding], runs, pieces, self._adapted)
 
     @property
     def _adapted(self) -> torch.Tensor | None:
@@ -410,4 +411,4 @@ class Scheduler:
         """Bring what slot ``source`` holds to ``target``, which has the first ``there`` tokens of it."""
         size = int(self._slots.length[source])
         self._kv.copy(source, target, there, size)
-        self._slots.move([source], [target])
+        self._slots.move(source, target)

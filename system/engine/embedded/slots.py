@@ -34,10 +34,10 @@ class SlotTable:
         """Slot (>= ``first``) with the longest prefix of ``tokens`` under the current weights, and its
         length.
         """
-        usable = np.flatnonzero(self.epoch[first:] == self.current) + first
-        if not usable.size or not tokens.size:
+        if not tokens.size:
             return -1, 0
-        usable = usable[self.tokens[usable, 0] == tokens[0]]
+        same = (self.epoch[first:] == self.current) & (self.tokens[first:, 0] == tokens[0])
+        usable = same.nonzero()[0] + first
         if not usable.size:
             return -1, 0
         shared = prefix_lengths(self.tokens[usable, : tokens.size], tokens)
@@ -70,7 +70,7 @@ class SlotTable:
         self.epoch[row] = MIXED
         self.length[row] = 0
 
-    def move(self, sources: Indices, targets: Indices) -> None:
+    def move(self, sources: Indices | int, targets: Indices | int) -> None:
         """What slot ``sources[i]`` held, ``targets[i]`` holds."""
         for array in (self.tokens, self.length, self.epoch):
             array[targets] = array[sources]
@@ -94,5 +94,6 @@ def prefix_lengths(table: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArr
     """Length of the common prefix of ``tokens [P]`` and each row of ``table [N, <= P]``; P may be 0."""
     if not table.shape[1]:
         return np.zeros(table.shape[0], np.int64)
-    same = table == tokens[: table.shape[1]]
-    return np.where(same.all(1), table.shape[1], same.argmin(1))
+    differs = table != tokens[: table.shape[1]]
+    first = differs.argmax(1)  # 0 also where nothing differs
+    return np.where(differs[np.arange(first.size), first], first, table.shape[1])
