@@ -32,10 +32,9 @@ def pss_bytes(pid: int) -> int:
 
 def pss_of_tree() -> int:
     """Bytes of this process and all below it; 0 where the system does not tell."""
-    if not pss_bytes(own := psutil.Process().pid):
-        return 0
-    below = psutil.Process(own).children(recursive=True)
-    return sum(pss_bytes(pid) for pid in [own, *(one.pid for one in below)])
+    this = psutil.Process()
+    own = pss_bytes(this.pid)
+    return own and own + sum(pss_bytes(one.pid) for one in this.children(recursive=True))
 
 
 async def follow(

@@ -9,16 +9,14 @@ ones: what is thrown away today would not be kept tomorrow, and the sample may b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-from system.tree.store import complete_files, file_number, to_table, write_file
+from system.tree.store import complete_files, file_number, footer, to_table, write_file
 
 _SPREAD = b"espalier.spread"
 
@@ -78,15 +76,8 @@ def spread_of(stats: TreeStats) -> float:
 
 
 def _spread(path: Path) -> float:
-    """Read once in a process: a writer is made for every batch, and the sample may have hundreds of files."""
-    found = path.stat()
-    return _read_spread(path, (found.st_ino, found.st_mtime_ns))
-
-
-@lru_cache(maxsize=4096)
-def _read_spread(path: Path, _file: tuple[int, int]) -> float:
     """A file that is damaged is for nobody to learn from."""
     try:
-        return float((pq.read_schema(path).metadata or {}).get(_SPREAD, b"0"))
+        return float(footer(path)[1].get(_SPREAD, b"0"))
     except (pa.ArrowInvalid, OSError, ValueError):
         return 0.0

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +260,26 @@ def _routes(row: dict[str, Any]) -> Routes:
 def _rows(path: Path) -> int:
     """How many trees a file holds; one that is damaged is set aside, as these files are for looking only."""
     try:
-        return pq.read_metadata(path).num_rows
+        return footer(path)[0]
     except (pa.ArrowInvalid, OSError):
         path.rename(path.with_name(f"{path.name}.damaged"))
         return 0
+
+
+def footer(path: Path) -> tuple[int, dict[bytes, bytes]]:
+    """How many trees a file holds, and what we say in its metadata.  Raises Arrow's error, or OSError.
+
+    Read once in a process: writers are made for every batch, and there may be hundreds of files.
+    """
+    found = path.stat()
+    return _read_footer(path, (found.st_ino, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=4096)
+def _read_footer(path: Path, _file: tuple[int, int]) -> tuple[int, dict[bytes, bytes]]:
+    read = pq.read_metadata(path)
+    ours = {key: value for key, value in (read.metadata or {}).items() if key.startswith(b"espalier.")}
+    return read.num_rows, ours
 
 
 def complete_files(directory: Path) -> list[Path]:

@@ -71,13 +71,13 @@ def test_a_new_writer_reads_only_files_that_it_has_not_seen(
     for number in range(3):
         SampleWriter(tmp_path, 4).add(number, forked_tree(), number / 2)
     read: list[str] = []
-    whole = pq.read_schema
+    whole = pq.read_metadata
 
     def counted(path: Path) -> object:
         read.append(path.name)
         return whole(path)
 
-    monkeypatch.setattr(pq, "read_schema", counted)
+    monkeypatch.setattr(pq, "read_metadata", counted)
     SampleWriter(tmp_path, 4).add(1, forked_tree(), 1.0)  # another tree under a number that was there
     read.clear()
     assert SampleWriter(tmp_path, 4).spread == {0: 0.0, 1: 1.0, 2: 1.0}
