@@ -210,7 +210,8 @@ class EnginePool:
             turns, began = self._turns[place.url], loop.time()
             waits = turns.locked()
             try:
-                async with AwakeTimeout(deadline - awake_s()):
+                # Where a turn is free, nobody waits: a deadline would only take its time.
+                async with AwakeTimeout(deadline - awake_s()) if waits else contextlib.nullcontext():
                     await turns.acquire()
             except BaseException as error:
                 self._router.end(place)
@@ -291,7 +292,7 @@ class EnginePool:
                     if "error" in message:
                         raise refused(message, rid)
                     chunk, text = reader.read(message)
-                    yield self._account(progress, place, chunk, text)
+                    yield self._account(progress, place, reader.cached, chunk, text)
         finally:
             self._counters["entropy_estimates"] += reader.estimated
             if estimate:
@@ -307,26 +308,28 @@ class EnginePool:
             )
         return WantedRoutes(self._routes, first, progress.size)
 
-    def _account(self, progress: _Progress, place: Assignment, chunk: Chunk, text: str) -> Chunk:
+    def _account(
+        self, progress: _Progress, place: Assignment, cached: int, chunk: Chunk, text: str
+    ) -> Chunk:
+        """``cached``: prompt tokens that this attempt's server had in its cache."""
         if chunk.tokens.size:
             if place.tokens == 0:
                 self._counters["prompt_tokens"] += place.prompt
-                self._counters["cached_tokens"] += chunk.cached_tokens
+                self._counters["cached_tokens"] += cached
             now, version = asyncio.get_running_loop().time(), int(chunk.version[-1])
-            self._router.streamed(place, chunk.tokens.size, chunk.cached_tokens, version, now)
+            self._router.streamed(place, chunk.tokens.size, cached, version, now)
         progress.tokens.extend(chunk.tokens.tolist())
         if progress.left < 0:
             raise MalformedStream("more tokens than were asked for")
         if progress.cached_tokens is None:
-            progress.cached_tokens = chunk.cached_tokens
+            progress.cached_tokens = cached
         finish = chunk.finish
         if chunk.scores is not None:
             self._counters["scored_tokens"] += chunk.scores.size
         if spanning := progress.guard.feed(text):
             finish = Finish("stop", matched=spanning)
             self._abort_later(progress)
-        cached = progress.cached_tokens if finish else 0
-        return replace(chunk, finish=finish, cached_tokens=cached)
+        return replace(chunk, finish=finish, cached_tokens=progress.cached_tokens) if finish else chunk
 
     def _too_late(self, rid: str) -> EngineError:
         return EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
