@@ -308,9 +308,7 @@ class EnginePool:
             )
         return WantedRoutes(self._routes, first, progress.size)
 
-    def _account(
-        self, progress: _Progress, place: Assignment, cached: int, chunk: Chunk, text: str
-    ) -> Chunk:
+    def _account(self, progress: _Progress, place: Assignment, cached: int, chunk: Chunk, text: str) -> Chunk:
         """``cached``: prompt tokens that this attempt's server had in its cache."""
         if chunk.tokens.size:
             if place.tokens == 0:
