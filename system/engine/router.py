@@ -150,15 +150,18 @@ class Router:
         counts as load until :meth:`end`.
         """
         held, usable = self._prefixes(tree, parent), self._usable(now, avoid)
-        delays = {url: self._delay(url, prompt - self._in_cache(held, url)) for url in usable}
+
+        def delay(url: str) -> float:
+            return self._delay(url, prompt - self._in_cache(held, url))
+
         owners = self._held.get(parent) or self._held.get(tree) or {}
         if homes := [url for url in owners if url in usable]:
             home = max(homes, key=lambda url: (self._in_cache(held, url), -self._servers[url].occupancy))
-            best = min(usable, key=delays.__getitem__)
-            spill = self._queued(home) and delays[best] < delays[home] < math.inf
+            best = min(usable, key=delay) if self._queued(home) else home
+            spill = best != home and delay(best) < delay(home) < math.inf
             url, kind = (best, Routed.SPILL) if spill else (home, Routed.AFFINITY)
         elif owners or avoid:
-            url, kind = min(usable, key=lambda url: (delays[url], self._load(url))), Routed.FAILOVER
+            url, kind = min(usable, key=lambda url: (delay(url), self._load(url))), Routed.FAILOVER
         else:
             url, kind = min(usable, key=self._load), Routed.NEW
         server = self._servers[url]
@@ -180,12 +183,10 @@ class Router:
 
     def _usable(self, now: float, avoid: Collection[str]) -> list[str]:
         """The best servers there are: sound ones, else paused ones, else any but the avoided, else any."""
-        ranks = (
-            [url for url in self._servers if url not in avoid and self.usable(url, now)],
-            [url for url in self._servers if url not in avoid and self._servers[url].up(now)],
-            [url for url in self._servers if url not in avoid],
-        )
-        return next((urls for urls in ranks if urls), list(self._servers))
+        others = [url for url in self._servers if url not in avoid]
+        up = [url for url in others if self._servers[url].up(now)]
+        sound = [url for url in up if not self._servers[url].paused]
+        return sound or up or others or list(self._servers)
 
     def _load(self, url: str) -> tuple[float, int, int, int]:
         """Least loaded first; of equals, the one that has been given less so far."""

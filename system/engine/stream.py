@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,13 @@ class StreamReader:
         experts were.
         """
         self.count = 0  # output tokens of this call so far
+        self.cached = 0  # prompt tokens that the server had in its cache
         self.estimated, self.error = 0, 0.0  # entropies that are estimates; nats they may be off, summed
         self._text = 0  # characters of text so far, when cumulative
-        self._estimate, self._vocab, self._scored, self._routes = estimate, vocab, scored, routes
+        self._estimate, self._scored, self._routes = estimate, scored, routes
+        known = math.inf if vocab is None else vocab
+        # Rounding may take a log-probability or an entropy past its bound by a little.
+        self._last_id, self._most_entropy = known - 1, min(math.log(known) + ROUNDING, FLOAT32)
         self._version = 0  # of the newest token so far
 
     def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
@@ -121,48 +125,40 @@ class StreamReader:
 
         pairs = fresh(meta["output_token_logprobs"])
         tokens = np.array(fresh(ids), np.int32)
-        if [pair[1] for pair in pairs] != tokens.tolist():
+        named = tokens.tolist()
+        if [pair[1] for pair in pairs] != named:
             raise MalformedStream("output_token_logprobs and output_ids name different tokens")
+        _within("output_ids", named, 0, self._last_id)
         kept = meta.get("output_token_sampling_logprobs")
         logprob = [pair[0] for pair in pairs] if kept is None else [_number(value) for value in fresh(kept)]
         text = str(message.get("text", ""))
+        self.cached = int(meta.get("cached_tokens") or 0)
+        if not 0 <= self.cached < 2**31:
+            raise MalformedStream(f"cached_tokens: {self.cached} is out of range")
         finish = _finish(meta.get("finish_reason"))
         whole = finish is not None and finish.type != "abort"
         chunk = Chunk(
             tokens=tokens,
-            logprob=_numbers(logprob),
+            logprob=_logprobs("output_token_logprobs", logprob),
             entropy=self._entropy(meta, fresh, new),
-            version=versions(meta, start, total),
+            version=self._versions(meta, start, total),
             finish=finish,
-            cached_tokens=int(meta.get("cached_tokens") or 0),
+            cached_tokens=self.cached if finish else 0,
             scores=self._scores(meta) if self._scored is not None and new and not start else None,
             routes=self._routes.read(meta, total) if self._routes and whole else None,
         )
-        self._check(chunk, exact=meta.get("entropy") is not None)
         self.count = total
         if cumulative:
             text, self._text = text[self._text :], len(text)
         return chunk, text
 
-    def _check(self, chunk: Chunk, *, exact: bool) -> None:
-        """Every number within what it can be.  ``exact``: the entropies are the server's own.
-
-        Rounding may take a log-probability or an entropy past its bound by a little.
-        """
-        vocab = math.inf if self._vocab is None else self._vocab
-        _within("output_ids", chunk.tokens, 0, vocab - 1)
-        _within("output_token_logprobs", chunk.logprob, -FLOAT32, ROUNDING)
-        if exact:
-            _within("entropy", chunk.entropy, -ROUNDING, min(math.log(vocab) + ROUNDING, FLOAT32))
-        if chunk.scores is not None:
-            _within("input_token_logprobs", chunk.scores, -FLOAT32, ROUNDING)
-        if not 0 <= chunk.cached_tokens < 2**31:
-            raise MalformedStream(f"cached_tokens: {chunk.cached_tokens} is out of range")
-        if chunk.version.size:
-            order = np.concatenate([[self._version], chunk.version])
-            if (np.diff(order) < 0).any():
-                raise MalformedStream(f"weight_version: falls within one answer: {order.tolist()}"[:200])
-            self._version = int(order[-1])
+    def _versions(self, meta: dict[str, Any], start: int, stop: int) -> NDArray[np.int32]:
+        """[stop - start] as :func:`versions`; they never fall."""
+        order = [self._version, *versions(meta, start, stop)]
+        if order != sorted(order):
+            raise MalformedStream(f"weight_version: falls within one answer: {order}"[:200])
+        self._version = order[-1]
+        return np.array(order[1:], np.int32)
 
     def _scores(self, meta: dict[str, Any]) -> NDArray[np.float32]:
         """Log-probabilities of the given tokens that were asked for: the last entries of what may be more."""
@@ -172,14 +168,14 @@ class StreamReader:
         # SGLang lists the vocabulary's last token as 0, for it may be padding.
         if named.shape != self._scored.shape or ((named != self._scored) & (named != 0)).any():
             raise MalformedStream("input_token_logprobs and the end of input_ids name different tokens")
-        return _numbers([pair[0] for pair in pairs])
+        return _logprobs("input_token_logprobs", [pair[0] for pair in pairs])
 
     def _entropy(
         self, meta: dict[str, Any], fresh: Callable[[list[Any]], list[Any]], new: int
     ) -> NDArray[np.float32]:
         """[new] the server's own; else the middle of the bounds that its top tokens set; else NaN."""
         if (exact := meta.get("entropy")) is not None:
-            return _numbers(fresh(exact))
+            return _numbers("entropy", fresh(exact), -ROUNDING, self._most_entropy)
         if self._estimate is None or not new:
             return np.full(new, math.nan, np.float32)
         top = [[entry[0] for entry in row] for row in fresh(meta["output_top_logprobs"])]
@@ -189,13 +185,13 @@ class StreamReader:
         return ((low + high) / 2).astype(np.float32)
 
 
-def versions(meta: dict[str, Any], start: int, stop: int) -> np.ndarray:
+def versions(meta: dict[str, Any], start: int, stop: int) -> list[int]:
     """[stop - start] weight version of each output token, from the spans where the server gives them."""
-    found = np.full(stop - start, version_number(meta["weight_version"]), np.int32)
+    found = [version_number(meta["weight_version"])] * (stop - start)
     for span in meta.get("weight_versions") or []:
         low, high = max(int(span["start"]), start), min(int(span["end"]), stop)
         if low < high:
-            found[low - start : high - start] = version_number(span["version"])
+            found[low - start : high - start] = [version_number(span["version"])] * (high - low)
     return found
 
 
@@ -216,20 +212,29 @@ def _number(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _numbers(values: list[Any]) -> NDArray[np.float32]:
-    """[k] what is null is NaN, what is too large for the type infinite: neither passes :func:`_within`."""
-    with np.errstate(over="ignore"):
-        numbers = np.array(values, np.float32)
+def _logprobs(field: str, values: list[Any]) -> NDArray[np.float32]:
+    return _numbers(field, values, -FLOAT32, ROUNDING)
+
+
+def _numbers(field: str, values: list[Any], low: float, high: float) -> NDArray[np.float32]:
+    """[k] ``values``, which are numbers from ``low`` to ``high``, both in the type's range."""
+    try:
+        _within(field, values, low, high)
+        return np.array(values, np.float32)
+    except (TypeError, MalformedStream):  # what is null becomes NaN, what is too large for the type infinite
+        with np.errstate(over="ignore"):
+            numbers = np.array(values, np.float32)
     if numbers.ndim != 1:
         raise MalformedStream(f"a list in place of a number in {values!r:.80}")
+    _within(field, numbers, low, high)
     return numbers
 
 
-def _within(field: str, values: NDArray[Any], low: float, high: float) -> None:
+def _within(field: str, values: Iterable[Any], low: float, high: float) -> None:
     """Raise :class:`MalformedStream` naming the field if a value is not a number from ``low`` to ``high``."""
-    wrong = values[~((values >= low) & (values <= high))]
-    if wrong.size:
-        raise MalformedStream(f"{field}: {wrong[0]} is not a number from {low:g} to {high:g}")
+    for value in values:  # a loop: of the few in a message, numpy's calls take longer
+        if not low <= value <= high:  # nor is NaN
+            raise MalformedStream(f"{field}: {value} is not a number from {low:g} to {high:g}")
 
 
 def _finish(reason: dict[str, Any] | None) -> Finish | None:

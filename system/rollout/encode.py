@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,24 @@ def fitted(tokenizer: Tokenizer, text: str, most: int) -> str:
 def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer], ends: Iterable[int]) -> str:
     """The text of ``tokens`` [k], special tokens included (tags may be such), those that end a turn
     excepted."""
-    for end in ends:
-        tokens = tokens[tokens != end]
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    left_out = frozenset(ends)
+    kept = [token for token in tokens.tolist() if token not in left_out]
+    if not kept:
+        return ""
+    if _only_wraps(type(tokenizer)):
+        return tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@cache
+def _only_wraps(kind: type) -> bool:
+    """Whether a tokenizer of this class decodes as the one of the ``tokenizers`` library that it wraps, only
+    slower: it looks at the type of every token.
+    """
+    from transformers import PreTrainedTokenizerFast as Wrapper  # slow import
+
+    names = ("decode", "_decode")
+    return issubclass(kind, Wrapper) and all(getattr(kind, name) is getattr(Wrapper, name) for name in names)
 
 
 def opening(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,4 +140,4 @@ class GivenTokens:
 
 def _request_id(prompt_id: str, what: str) -> str:
     """A name that no other request has."""
-    return f"{prompt_id}:{what}:{uuid.uuid4().hex[:12]}"
+    return f"{prompt_id}:{what}:{secrets.token_hex(6)}"

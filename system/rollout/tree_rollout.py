@@ -346,7 +346,7 @@ class TreeRollout:
                     async for chunk in stream:
                         clock.switch("engine")
                         take(self.growth, branch.node, request, chunk)
-                        if self._measurable(branch):
+                        if not branch.measured and self._measurable(branch):
                             self._measure(branch)
                         branch.finish = chunk.finish  # read on to the end: closing early is an abort
         except TimeoutError:

@@ -311,7 +311,7 @@ class _Guarded:
                     await self._throttle.acquire()
                 left = replace(context, deadline_s=limit.left_s)
                 try:
-                    outcome = _checked(await foreign(self.tool.run(arguments, left)))
+                    outcome = _checked(await foreign(self.tool.run(arguments, left)), attempt)
                 except CallRefused as refusal:  # says nothing about whether the tool works for others
                     text = f"The tool {name!r} refused the call: {refusal}"
                     return ToolOutcome(ToolStatus.REJECTED, text, attempts=attempt)
@@ -326,7 +326,7 @@ class _Guarded:
                     text = self._sent_once("failed") if once else text
                     return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=attempt, detail=str(error))
                 self.breaker.success()
-                return replace(outcome, attempts=attempt)
+                return outcome
         except TimeoutError:
             raise
         except OF_OTHERS as error:
@@ -363,11 +363,14 @@ class _Flight:
     waiting: int = 0
 
 
-def _checked(outcome: object) -> ToolOutcome:
-    """What a tool returned, as an outcome.  Raises TypeError or ValueError for what is none."""
+def _checked(outcome: object, attempts: int) -> ToolOutcome:
+    """What a tool returned, as an outcome after so many attempts.  Raises TypeError or ValueError for what is
+    none.
+    """
     if not isinstance(outcome, ToolOutcome):
         raise TypeError(f"it returned a {type(outcome).__name__}, not a ToolOutcome")
-    return replace(outcome, status=ToolStatus(outcome.status), text=as_text(outcome.text))
+    status, text = ToolStatus(outcome.status), as_text(outcome.text)
+    return replace(outcome, status=status, text=text, attempts=attempts)
 
 
 def cleaned(arguments: Any) -> Any:

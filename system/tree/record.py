@@ -230,8 +230,8 @@ OPTIONAL = (
 )
 
 
-_BELOW_ROOT = np.array([Kind.MODEL, Kind.TOOL, Kind.EXPERT], np.int8)
-_OUTCOMES, _ORIGINS = (np.array(list(known), np.int8) for known in (Outcome, Origin))
+_BELOW_ROOT = frozenset(Kind) - {Kind.PROMPT}
+_OUTCOMES, _ORIGINS = frozenset(Outcome), frozenset(Origin)
 
 
 def token_node(tree: Tree) -> Int32:
@@ -343,8 +343,7 @@ def _check_nodes(tree: Tree) -> None:
     _require(np.diff(tree.start, append=tree.n_tokens) > 0, tree, "an empty node")
     _require(tree.parent[0] == -1, tree, "its first node is not a root")
     _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
-    below = np.isin(tree.kind[1:], _BELOW_ROOT)
-    _require(below, tree, "a node below the root of no known kind")
+    _require(_BELOW_ROOT.issuperset(tree.kind[1:].tolist()), tree, "a node below the root of no known kind")
     parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
     _require((parent >= 0) & (parent < node), tree, "a node that does not come after its parent")
     # A subtree of n nodes ends n behind its head.  Pre-order iff each ends within its parent's: then the
@@ -355,11 +354,12 @@ def _check_nodes(tree: Tree) -> None:
 
 def _check_leaves(tree: Tree) -> None:
     _require((tree.leaf >= 0) & (tree.leaf < tree.n_nodes), tree, "a leaf that names no node")
-    childless = np.setdiff1d(np.arange(tree.n_nodes), tree.parent)
-    bare = np.setdiff1d(childless, tree.leaf)
-    _require(bare.size == 0, tree, f"node {bare[:1]} ends a branch, but no leaf says why it ended")
-    _require(np.isin(tree.outcome, _OUTCOMES), tree, "an unknown outcome")
-    _require(np.isin(tree.origin, _ORIGINS), tree, "an unknown origin")
+    bare = np.ones(tree.n_nodes, np.bool_)
+    bare[tree.parent[1:]] = bare[tree.leaf] = False
+    first = np.flatnonzero(bare)[:1]
+    _require(~bare, tree, f"node {first} ends a branch, but no leaf says why it ended")
+    _require(_OUTCOMES.issuperset(tree.outcome.tolist()), tree, "an unknown outcome")
+    _require(_ORIGINS.issuperset(tree.origin.tolist()), tree, "an unknown origin")
     _require(~np.isinf(tree.reward), tree, "an infinite reward")
     _require((tree.correct >= -1) & (tree.correct <= 1), tree, "`correct` outside -1, 0, 1")
     agree = (tree.correct >= 0) == np.isfinite(tree.reward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -49,6 +51,16 @@ def test_decode_drops_only_what_ends_a_turn(tokenizer: PreTrainedTokenizerFast) 
     assert decode(tokenizer, ids, [end, bos]) == "a<|im_start|> ,b"
     assert decode(tokenizer, ids, []) == "a<|im_start|> ,b<|im_end|><bos>"
     assert decode(tokenizer, np.empty(0, np.int32), [end]) == ""
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **options: Any) -> str:
+            return super()._decode(*args, **options).upper()
+
+    ids = encode_text(tokenizer, "a b<|im_end|>")
+    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
+    assert (decode(tokenizer, ids, []), decode(loud, ids, [])) == ("a b<|im_end|>", "A B<|IM_END|>")
 
 
 @pytest.mark.parametrize(
