@@ -10,10 +10,9 @@ import logging
 import random
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,6 @@ from system.engine.stream import CutGuard, MalformedStream, StreamReader, Wanted
 
 log = logging.getLogger(__name__)
 
-_ABORT_DEADLINE_S = 5.0
-_CLOSE_DEADLINE_S = 1.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 _REPORT_S, _REPORT_DEADLINE_S = 1.0, 5.0  # between the servers' reports of their load; of one report
 
@@ -46,7 +43,7 @@ class _Progress:
             self.guard.feed(request.said)
             self.guard.cut()
         self.cached_tokens: int | None = None
-        self.url, self.wire_rid = "", ""  # of the newest attempt
+        self.wire_rid = ""  # of the newest attempt
         self.place: Assignment | None = None  # while it is at a server
 
     @property
@@ -98,7 +95,6 @@ class EnginePool:
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
         self._live: dict[str, _Progress] = {}
-        self._endings: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
         self._estimate, self._vocab, self._routes = estimate, vocab, routes
@@ -115,15 +111,11 @@ class EnginePool:
         return {**routes, **self._counters}
 
     async def close(self) -> None:
-        """Stop asking for reports, finish pending aborts, close the connections."""
+        """Stop asking for reports, close the connections."""
         if self._reporter is not None:
             self._reporter.cancel()
             await asyncio.gather(self._reporter, return_exceptions=True)
             self._reporter = None
-        if self._endings:
-            _, late = await asyncio.wait(set(self._endings), timeout=_CLOSE_DEADLINE_S)
-            for task in late:
-                task.cancel()
         await self._answers.close()
         await self._http.close()
 
@@ -140,7 +132,7 @@ class EnginePool:
         deadline = awake_s() + self._deadline_s
         progress = _Progress(request)
         self._live[request.rid] = progress
-        attempt, failures, finished = 0, 0, False
+        attempt = failures = 0
         avoid: tuple[str, ...] = ()
         try:
             while True:
@@ -150,22 +142,19 @@ class EnginePool:
                 progress.wire_rid = f"{request.rid}/{attempt}/{secrets.token_hex(6)}/"
                 before = len(progress.tokens)
                 place = await self._take_turn(progress, attempt, avoid, deadline)
-                progress.url = place.url
                 try:
                     async with aclosing(self._attempt(progress, place, deadline)) as chunks:
                         async for chunk in chunks:
                             if chunk.finish is not None:
-                                finished = True
                                 whole = chunk.finish.type != "abort" and request.score_from is None
                                 self._router.end(place, whole)
                             yield chunk
-                            if finished:
+                            if chunk.finish is not None:
                                 return
                 except Broken as error:
                     if awake_s() >= deadline:
                         raise self._too_late(request.rid) from error
                     failures = 1 if len(progress.tokens) > before else failures + 1
-                    self._abort_later(progress)
                     progress.guard.cut()
                     (self._router.lost if error.unreachable else self._router.failed)(place.url, loop.time())
                     avoid = (place.url,)
@@ -178,15 +167,12 @@ class EnginePool:
                 finally:
                     self._leave(progress)
                 if progress.left <= 0:  # everything arrived except the message that says so
-                    finished = True
                     yield _last_chunk(Finish("length"), progress.cached_tokens or 0)
                     return
                 attempt += 1
                 await self._back_off(failures, deadline, request.rid)
         finally:
             del self._live[request.rid]
-            if not finished and progress.url:
-                self._abort_later(progress)
 
     # Routing
 
@@ -271,7 +257,7 @@ class EnginePool:
     async def _attempt(
         self, progress: _Progress, place: Assignment, deadline: float
     ) -> AsyncGenerator[Chunk]:
-        """One HTTP call.  Raises ``Broken`` for what another attempt may mend, ``EngineError`` for the
+        """One server's answer.  Raises ``Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
         asked = progress.request
@@ -324,7 +310,6 @@ class EnginePool:
             self._counters["scored_tokens"] += chunk.scores.size
         if spanning := progress.guard.feed(text):
             finish = Finish("stop", matched=spanning)
-            self._abort_later(progress)
         cached = progress.cached_tokens if finish else 0
         return replace(chunk, finish=finish, cached_tokens=cached)
 
@@ -337,22 +322,6 @@ class EnginePool:
         if awake_s() + wait >= deadline:
             raise self._too_late(rid)
         await asyncio.sleep(wait)
-
-    def _abort_later(self, progress: _Progress) -> None:
-        """Tell the server that nobody listens any more; at once, without waiting for the answer."""
-        self._in_background(self._abort_quietly(progress.url, progress.wire_rid))
-
-    def _in_background(self, last_words: Coroutine[Any, Any, None]) -> None:
-        """What is still to be said or read of a request that has ended.  It raises nothing."""
-        task = asyncio.get_running_loop().create_task(last_words)
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
-
-    async def _abort_quietly(self, url: str, wire_rid: str) -> None:
-        try:
-            await self._http.call(f"{url}/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
-        except EngineError as error:  # the server is gone, and with it the request
-            log.debug("abort of %s: %s", wire_rid, error)
 
 
 def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
