@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
 from typing import Any, Protocol
 
 import aiohttp
@@ -21,7 +22,9 @@ from system.http import CONNECT_S
 log = logging.getLogger(__name__)
 
 CHANNEL = "/generate_channel"
+MAX_REQUEST_BYTES = 16 << 20  # that an embedded engine takes at once
 _READ_OUT_S = 1.0  # for a server to close a stream after its finish
+_ABORT_S = 5.0
 _CLOSE_S = 1.0
 
 Message = dict[str, Any]
@@ -44,7 +47,8 @@ class Answers(Protocol):
 
     def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
         """The messages that answer ``body``, the JSON of a request with the id ``rid``, within ``limit_s``
-        seconds.  The caller stops at the one that ends the answer.
+        seconds.  The caller stops at the one that ends the answer; when it stops before, or the messages do,
+        the server is told to end the request.
 
         Raises :class:`Broken` when they end before, and :class:`EngineError` when the server refuses the
         request.
@@ -56,16 +60,36 @@ class Answers(Protocol):
         ...
 
 
-class HttpAnswers:
+class _LastWords:
+    """What is still to be said or read of requests that have ended.  It raises nothing."""
+
+    def __init__(self) -> None:
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def close(self) -> None:
+        """Wait for it, but not for long."""
+        if self._endings:
+            _, late = await asyncio.wait(self._endings, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
+
+
+class HttpAnswers(_LastWords):
     """A call of ``/generate`` for each request, as SGLang wants it."""
 
     def __init__(self, http: Http, stall_s: float) -> None:
         """``stall_s``: seconds without any news after which a stream counts as broken."""
+        super().__init__()
         self._http, self._stall_s = http, stall_s
-        self._endings: set[asyncio.Task[None]] = set()
 
     async def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
         splitter, complete = EventSplitter(), False
+        response: aiohttp.ClientResponse | None = None
         patience = aiohttp.ClientTimeout(
             total=max(limit_s, 1e-3), sock_connect=CONNECT_S, sock_read=self._stall_s
         )
@@ -77,9 +101,6 @@ class HttpAnswers:
                 allow_redirects=False,
                 timeout=patience,
             )
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Broken(error) from error
-        try:
             if response.status != 200:
                 message = (await response.content.read(2000)).decode(errors="replace")
                 raise refusal(response.status, self._http.hidden(url, message), rid)
@@ -93,45 +114,45 @@ class HttpAnswers:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Broken(error) from error
         finally:
-            if complete and not response.content.at_eof():
+            if response is not None and complete and not response.content.at_eof():
                 self._in_background(_read_out(response))
-            else:
+            elif response is not None:
                 response.close()
+            if not complete:
+                self._in_background(self._abort(url, rid))
 
-    async def close(self) -> None:
-        for task in self._endings:
-            task.cancel()
-        await asyncio.gather(*self._endings, return_exceptions=True)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+    async def _abort(self, url: str, rid: str) -> None:
+        try:
+            await self._http.call(f"{url}/abort_request", {"rid": rid}, _ABORT_S)
+        except EngineError as error:  # the server is gone, and with it the request
+            log.debug("abort of %s: %s", rid, error)
 
 
-class ChannelAnswers:
+class ChannelAnswers(_LastWords):
     """One WebSocket to each server, for all requests: what is new of any of them comes in one frame.
 
     For a small model on the same machine the work of HTTP for each request, on both sides, costs as much as
-    its tokens.  A frame from here is the JSON of one request; a frame from there a JSON list of
-    ``[rid, message]``.
+    its tokens.  A frame from here is the JSON of one request, or ``{"abort": rid}``, which comes after
+    its request; a frame from there a JSON list of ``[rid, message]``.
     """
 
     def __init__(self, http: Http, stall_s: float) -> None:
         """``stall_s``: seconds without news of a request after which it counts as broken."""
+        super().__init__()
         self._http, self._stall_s = http, stall_s
         self._links: dict[str, asyncio.Task[_Link]] = {}  # open, or about to be
         self._retired: set[_Link] = set()
 
     async def ask(self, url: str, rid: str, body: bytes, limit_s: float) -> AsyncGenerator[Message]:
+        if len(body) > MAX_REQUEST_BYTES:  # it would cost all requests their channel
+            raise EngineError(f"request {rid!r} has {len(body)} bytes, of at most {MAX_REQUEST_BYTES}")
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + limit_s
+        deadline, complete = loop.time() + limit_s, False
         link = await self._link(url, rid, deadline)
         news = link.news[rid] = asyncio.Queue()
         try:
-            async with asyncio.timeout_at(
-                self._patience(deadline)
-            ):  # it waits where the server reads nothing
+            # It waits where the server reads nothing.
+            async with asyncio.timeout_at(self._patience(deadline)):
                 await link.socket.send_bytes(body)
             while True:
                 if news.empty():
@@ -141,6 +162,7 @@ class ChannelAnswers:
                     message = news.get_nowait()
                 if message is None:
                     raise Broken("the channel was closed")
+                complete = ends(message)
                 yield message
         except TimeoutError as error:
             if loop.time() < deadline:  # silent: the next request tries another connection
@@ -149,9 +171,12 @@ class ChannelAnswers:
         except (aiohttp.ClientError, OSError) as error:
             raise Broken(error) from error
         finally:
+            if not complete:
+                self._in_background(link.abort(rid))
             link.leave(rid)
 
     async def close(self) -> None:
+        await super().close()
         tasks, self._links = [*self._links.values()], {}
         for task in tasks:
             task.cancel()
@@ -169,9 +194,14 @@ class ChannelAnswers:
         if opening is None or (opening.done() and (opening.exception() or opening.result().closed)):
             opening = self._links[url] = asyncio.get_running_loop().create_task(self._open(url))
             opening.add_done_callback(_seen)
+        if not opening.done():
+            await asyncio.wait([opening], timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        if not opening.done():
+            raise Broken("no channel in time")
+        if opening.cancelled():  # by close
+            raise Broken("the channel was closed")
         try:
-            async with asyncio.timeout_at(deadline):
-                return await asyncio.shield(opening)
+            return opening.result()
         except aiohttp.WSServerHandshakeError as error:
             raise refusal(error.status, f"HTTP {error.status} at {url}{CHANNEL}", rid) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -208,6 +238,12 @@ class _Link:
     @property
     def closed(self) -> bool:
         return self.reader.done() or self.socket.closed
+
+    async def abort(self, rid: str) -> None:
+        """Ask the server to end this request."""
+        with suppress(aiohttp.ClientError, OSError, TimeoutError):  # with the channel it has ended
+            async with asyncio.timeout(_ABORT_S):
+                await self.socket.send_bytes(orjson.dumps({"abort": rid}))
 
     async def close(self) -> None:
         self.reader.cancel()

@@ -47,9 +47,9 @@ async def place(model_path: Path, stack: AsyncExitStack, monkeypatch: pytest.Mon
     books = EngineBooks()
     told = server.answer
 
-    def message(engine: Any, job: Any, event: Any, count: int) -> dict[str, Any]:
+    def message(engine: Any, job: Any, event: Any) -> dict[str, Any]:
         books.see(job, event)
-        return told(engine, job, event, count)
+        return told(engine, job, event)
 
     monkeypatch.setattr(server, "answer", message)
     config = EngineConfig(device="cpu", max_running=64, max_context=4096, cache_slots=64)

@@ -1,14 +1,16 @@
 """Requests and their answers as JSON: what a call of ``/generate`` says, and a channel for many of them.
 
-A channel is a WebSocket.  Each frame from the client is the body of a ``/generate`` call; each frame from
-here a list of ``[rid, message]``, with all that is new since the last one.  A request that cannot be served
-has one message, an error.  When the client goes away, so do its requests; ``/abort_request`` ends one.
+A channel is a WebSocket.  Each frame from the client is the body of a ``/generate`` call, or
+``{"abort": rid}``, which ends that one; each frame from here a list of ``[rid, message]``, with what is new
+since the last one.  A request that cannot be served has one message, an error.  When the client goes away, so
+do its requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
@@ -16,11 +18,14 @@ from typing import Any
 import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from system.engine.answers import MAX_REQUEST_BYTES
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.text import named
 
-MAX_JSON_BYTES = 16 << 20
+log = logging.getLogger(__name__)
+
+_FRAME_BYTES = 8 << 20  # of a list of messages, below what a client takes
 
 
 class RequestChannel:
@@ -28,61 +33,69 @@ class RequestChannel:
 
     def __init__(self, engine: EngineCore) -> None:
         self._engine = engine
-        self._counts: dict[str, int] = {}  # tokens told so far, of each request under way
+        self._jobs: dict[str, Job] = {}  # under way
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._some = asyncio.Event()
         self._asyncio = asyncio.get_running_loop()
 
     async def run(self, request: web.Request) -> web.WebSocketResponse:
         """Until the client goes away."""
-        socket = web.WebSocketResponse(max_msg_size=MAX_JSON_BYTES, compress=False)
+        socket = web.WebSocketResponse(max_msg_size=MAX_REQUEST_BYTES + 1, compress=False)  # less is taken
         await socket.prepare(request)
         open_sockets(request.app).add(socket)
         writer = self._asyncio.create_task(self._write(socket), name="engine channel")
         try:
             async for frame in socket:
                 if frame.type in (WSMsgType.BINARY, WSMsgType.TEXT):
-                    self._begin(frame.data)
+                    self._take(frame.data)
         finally:
             open_sockets(request.app).discard(socket)
-            if live := {*self._counts}:
-                self._counts.clear()
-                self._engine.loop.emit(lambda s: s.abort(lambda job: job.rid in live, "client went away"))
+            live, self._jobs = {*self._jobs.values()}, {}
+            if live:
+                self._abort(live, "client went away")
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)  # last: a handler is cancelled at any await
         return socket
 
-    def _begin(self, data: bytes | str) -> None:
+    def _take(self, data: bytes | str) -> None:
         body: Any = None
         try:
             body = orjson.loads(data)
             if not isinstance(body, dict):
                 raise BadRequest("expected a JSON object")
+            if "abort" in body:
+                if job := self._jobs.get(str(body["abort"])):  # or it has ended
+                    self._abort({job}, "aborted")
+                return
             job = job_of(self._engine, body)
-            if job.rid in self._counts:
+            if job.rid in self._jobs:
                 raise BadRequest(f"rid: {job.rid!r} is already being generated")
         except ValueError as error:  # a BadRequest, or no JSON
             self._refuse(str(body.get("rid")) if isinstance(body, dict) else "", 400, str(error))
             return
-        rid = job.rid
-        self._counts[rid] = 0
+        self._jobs[job.rid] = job
         job.deliver = lambda event: self._tell(job, event)
 
         def submitted(future: Future[bool]) -> None:  # in the decoding thread
             if error := future.exception():
-                self._later(rid, 503, f"engine failed: {named(error)}")
+                later(503, f"engine failed: {named(error)}")
             elif not future.result():
-                self._later(rid, 400, f"rid: {rid!r} is already being generated")
+                later(400, f"rid: {job.rid!r} is already being generated")
+
+        def later(code: int, why: str) -> None:
+            if not self._asyncio.is_closed():
+                self._asyncio.call_soon_threadsafe(self._fail, job, code, why)
 
         self._engine.loop.call(lambda scheduler: scheduler.submit(job)).add_done_callback(submitted)
 
-    def _later(self, rid: str, code: int, why: str) -> None:
-        def refuse() -> None:
-            if self._counts.pop(rid, None) is not None:
-                self._refuse(rid, code, why)
+    def _abort(self, jobs: set[Job], why: str) -> None:
+        """These alone: another request may have, or get, the same id."""
+        self._engine.loop.emit(lambda scheduler: scheduler.abort(lambda job: job in jobs, why))
 
-        if not self._asyncio.is_closed():
-            self._asyncio.call_soon_threadsafe(refuse)
+    def _fail(self, job: Job, code: int, why: str) -> None:
+        if self._jobs.get(job.rid) is job:
+            del self._jobs[job.rid]
+            self._refuse(job.rid, code, why)
 
     def _refuse(self, rid: str, code: int, why: str) -> None:
         self._news.append((rid, {"error": {"message": why, "code": code}}))
@@ -90,23 +103,43 @@ class RequestChannel:
 
     def _tell(self, job: Job, event: Event) -> None:
         """On the event loop."""
-        if job.rid not in self._counts:
-            return  # the client has gone
-        self._counts[job.rid] += len(event.tokens)
-        self._news.append((job.rid, answer(self._engine, job, event, self._counts[job.rid])))
+        if self._jobs.get(job.rid) is not job:
+            return  # the client has gone, or knows that it failed
+        try:
+            message = answer(self._engine, job, event)
+        except Exception as error:  # of this request; others have news at the same time
+            log.exception("an answer of the engine could not be written")
+            self._fail(job, 500, named(error))
+            self._abort({job}, "failed")
+            return
         if event.finish or event.error:
-            del self._counts[job.rid]
+            del self._jobs[job.rid]
+        self._news.append((job.rid, message))
         self._some.set()
 
     async def _write(self, socket: web.WebSocketResponse) -> None:
-        while True:
-            await self._some.wait()
-            self._some.clear()
-            news, self._news = self._news, []
-            try:
-                await socket.send_bytes(orjson.dumps(news))
-            except ConnectionResetError:  # the client has hung up, which the reader will find
-                return
+        try:
+            while True:
+                await self._some.wait()
+                self._some.clear()
+                news, self._news = self._news, []
+                for frame in _frames(news):
+                    await socket.send_bytes(frame)
+        except ConnectionResetError:  # the client has hung up, which the reader will find
+            return
+        except Exception:
+            log.exception("an engine's channel cannot be written to")
+            await socket.close(code=WSCloseCode.INTERNAL_ERROR)  # or its client would wait for ever
+
+
+def _frames(news: list[tuple[str, dict[str, Any]]]) -> Iterator[bytes]:
+    """As lists of at most ``_FRAME_BYTES``; a message that is larger stands alone."""
+    frame = orjson.dumps(news)
+    if len(frame) <= _FRAME_BYTES or len(news) == 1:
+        yield frame
+    else:
+        yield from _frames(news[: len(news) // 2])
+        yield from _frames(news[len(news) // 2 :])
 
 
 def open_sockets(app: web.Application) -> set[web.WebSocketResponse]:
@@ -140,12 +173,13 @@ def job_of(engine: EngineCore, body: Mapping[str, Any]) -> Job:
     )
 
 
-def answer(engine: EngineCore, job: Job, event: Event, count: int) -> dict[str, Any]:
-    """What SGLang says of the new tokens in ``event``, which bring the output to ``count``."""
+def answer(engine: EngineCore, job: Job, event: Event) -> dict[str, Any]:
+    """What SGLang says of the new tokens in ``event``, the next one of ``job``."""
     if event.error:
         code = 500 if engine.loop.alive else 503  # the request's failure, or the engine's
         return {"error": {"message": event.error, "code": code}}
     tokens, version = event.tokens, str(event.version)
+    job.told = count = job.told + len(tokens)
     meta: dict[str, Any] = {
         "id": job.rid,
         "finish_reason": {**asdict(event.finish), "length": count} if event.finish else None,

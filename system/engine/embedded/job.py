@@ -54,6 +54,7 @@ class Job:
     stop_ids: frozenset[int] = frozenset()
     stops: StopStrings | None = None
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
+    told: int = 0  # tokens that the caller has heard of
     score_from: int | None = None  # log-probabilities of the prompt are wanted from this token on
     scores: list[float] = field(default_factory=list[float])  # these, complete before the first event
     routes_from: int | None = None  # experts of the tokens from this one on are wanted

@@ -18,8 +18,8 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from system.engine.answers import CHANNEL
-from system.engine.embedded.channel import MAX_JSON_BYTES, RequestChannel, answer, job_of, serve_channels
+from system.engine.answers import CHANNEL, MAX_REQUEST_BYTES
+from system.engine.embedded.channel import RequestChannel, answer, job_of, serve_channels
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event
 from system.engine.embedded.loop import EngineFailed
@@ -142,16 +142,15 @@ class _Handlers:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
-        count, last = 0, False
+        last = False
         try:
             if not await _boundary(engine.loop.call(lambda scheduler: scheduler.submit(job))):
                 raise BadRequest(f"rid: {job.rid!r} is already being generated")
             await response.prepare(request)
             while not last:
                 event = await queue.get()
-                count += len(event.tokens)
                 last = bool(event.finish or event.error)
-                body = orjson.dumps(answer(engine, job, event, count))
+                body = orjson.dumps(answer(engine, job, event))
                 await response.write(
                     b"data: " + body + b"\n\n" + (b"data: [DONE]\n\n" if event.finish else b"")
                 )
@@ -292,8 +291,8 @@ async def _boundary(future: Any) -> Any:
 async def _json(request: web.Request) -> dict[str, Any]:
     if request.content_type != JSON:
         raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
-    if (request.content_length or 0) > MAX_JSON_BYTES:
-        raise web.HTTPRequestEntityTooLarge(max_size=MAX_JSON_BYTES, actual_size=request.content_length or 0)
+    if (size := request.content_length or 0) > MAX_REQUEST_BYTES:
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_REQUEST_BYTES, actual_size=size)
     data = await request.read()
     try:
         body = orjson.loads(data) if data else {}

@@ -54,7 +54,10 @@ class CallWarden:
             with room(confinement) as own:
                 calls = 0
                 while self._call(own, confinement.uid(calls)):
-                    own.clean()
+                    try:
+                        own.clean()
+                    except OSError:  # the call has been answered; whoever comes next finds nobody here
+                        break
                     calls += 1
                 self._channel.close()  # nobody waits for the rest of the cleaning
         except OSError as error:
@@ -103,7 +106,7 @@ class CallWarden:
         if ending.how == "abandoned":
             return None
         with suppress(BlockingIOError):
-            raise OSError(self._leash.recv(_FAILURE_BYTES).decode())  # from a child that was not yet confined
+            raise OSError(self._leash.recv(_FAILURE_BYTES).decode(errors="replace"))  # of an unconfined child
         output.drain()
         return {
             "exit_code": os.waitstatus_to_exitcode(status),
@@ -120,9 +123,9 @@ class CallWarden:
     def _become_program(self, code: bytes, own: Room, uid: int | None, given: tuple[int, int]) -> None:
         os.setsid()
         kernel.set_name("sandbox-python")
-        become_program(own.scratch, *given)
-        self._leash.close()
         try:
+            become_program(own.scratch, *given)
+            self._leash.close()
             lockdown.confine(self._confinement, own.scratch, own.ruleset, uid, self._theirs.fileno())
         except Exception as error:  # whatever it is, the program must not run, and the caller must hear why
             self._theirs.send(f"{type(error).__name__}: {error}".encode()[:_FAILURE_BYTES])

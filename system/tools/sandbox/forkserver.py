@@ -48,6 +48,7 @@ def main() -> None:
     try:
         _serve(control, confinement)
     finally:
+        control.close()  # whatever ended it, the parent asks another one from now on
         _wait_for_wardens()
         if not settings.namespaces:
             remove_tree(settings.base)
@@ -78,11 +79,17 @@ def _serve(control: socket.socket, confinement: lockdown.Confinement) -> None:
         if not message:
             return
         warden = _WARDENS[message]
-        if warden.fork(confinement) == 0:
-            control.close()
-            end_with(warden(confinement, socket.socket(fileno=descriptors[0])).serve)
-        for descriptor in descriptors:
-            os.close(descriptor)
+        with socket.socket(fileno=descriptors[0]) as channel:
+            try:
+                pid = warden.fork(confinement)
+            except OSError as error:  # no process to be had: that call has failed, and no other
+                with suppress(OSError):  # its caller has gone
+                    told = {"failed": f"{type(error).__name__}: {error}"}
+                    channel.send(json.dumps(told).encode() + b"\n")
+                continue
+            if pid == 0:
+                control.close()
+                end_with(warden(confinement, channel).serve)
 
 
 def _reap(*_: object) -> None:

@@ -1,7 +1,7 @@
 """How much a running program has written, where no file system of its own bounds it (Landlock alone).
 
 A warden looks every :data:`PAUSE_S`; what a program can write between two looks is not stopped.  Counted are
-the files of its scratch directory, and those that it holds open and has unlinked or never named.  The program
+the files of its scratch directory, and those that it holds open and has unlinked.  The program
 is hostile and changes the tree meanwhile: no symbolic link is followed, a directory closed by its mode is
 opened, and what has vanished is not counted.
 """

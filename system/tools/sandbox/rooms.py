@@ -89,7 +89,7 @@ class _CellRoom:
 
 
 class _Directory:
-    """A directory per program."""
+    """A directory per program.  A warden that has read names of a program's files serves no other one."""
 
     def __init__(self, confinement: lockdown.Confinement):
         self._confinement, self.scratch, self.ruleset = confinement, "", -1
@@ -100,6 +100,7 @@ class _Directory:
         os.mkdir(self.scratch, 0o700)
         if uid:
             os.chown(self.scratch, uid, uid)
+        os.utime(self.scratch, (0, 0))  # as in a cell
         self.ruleset = lockdown.landlock_ruleset(self._confinement, self.scratch)
 
     def fork(self) -> int:
@@ -116,7 +117,8 @@ class _Directory:
 
     def leave(self) -> bool:
         os.close(self.ruleset)
-        return remove_tree(self.scratch, _CLEAN_UP_S)
+        untouched = not os.stat(self.scratch).st_mtime_ns
+        return remove_tree(self.scratch, _CLEAN_UP_S) and untouched
 
     def clean(self) -> None:
         if self.scratch:

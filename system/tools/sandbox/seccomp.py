@@ -15,6 +15,8 @@ Allowed: ordinary file, memory, time and signal-handling calls, threads.  Not al
   to metadata;
 - ``memfd_create``, System V and POSIX IPC, ``mmap(MAP_SHARED | MAP_ANONYMOUS)``: memory that stays when no
   address of it is left, so that no limit counts it;
+- ``open(O_TMPFILE)``: a file that leaves its directory as it was, but not the counts of its file system,
+  which the next program would then see;
 - ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``,
   ``userfaultfd``, …: the parts of the kernel where its holes are found.
 
@@ -111,6 +113,7 @@ _CLONE_THREAD = 0x00010000
 _CLONE_NEW = 0x7E020080  # CLONE_NEW*: namespaces
 _CLONE_IDS = 0x01200000  # CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID, as fork() of the C library sets them
 FORKS = (signal.SIGCHLD | _CLONE_IDS, int(signal.SIGCHLD))  # flags of clone for a fork and nothing else
+_NAMELESS = os.O_TMPFILE & ~os.O_DIRECTORY
 _MAP_TYPE = 0x0F  # of the flags of mmap: shared, private, …
 _SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
@@ -123,7 +126,7 @@ _FCNTLS = (
 )
 
 _LOAD, _AND, _RETURN = 0x20, 0x54, 0x06  # BPF: A = word at k; A &= k; return k
-_EQUAL, _GREATER, _AT_LEAST = 0x15, 0x25, 0x35  # BPF: if A ? k jump over jt else jf instructions
+_EQUAL, _GREATER, _AT_LEAST, _ANY_OF = 0x15, 0x25, 0x35, 0x45  # BPF: if A ? k skip jt else jf instructions
 _ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 _USER_NOTIFICATION = 0x7FC00000
 
@@ -226,10 +229,9 @@ def _packed(code: Iterable[Instruction]) -> bytes:
 def _checked(pid: int) -> dict[str, Checked]:
     """Calls that are allowed for some arguments only: their numbers, as in ``_PLAIN``, and instructions that
     decide, each path of which returns."""
-    opening = (os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)
     return {
-        "open": ((2, None), _unless_masked(1, *opening)),
-        "openat": ((257, 56), _unless_masked(2, *opening)),
+        "open": ((2, None), _opening(1)),
+        "openat": ((257, 56), _opening(2)),
         "fcntl": ((72, 25), _one_of(1, _FCNTLS)),
         "ioctl": ((16, 29), _one_of(1, _IOCTLS, errno.ENOTTY)),
         "prctl": ((157, 167), _one_of(0, _PRCTLS)),
@@ -242,6 +244,14 @@ def _checked(pid: int) -> dict[str, Checked]:
         "clone3": ((435, 435), [_refuse(errno.ENOSYS)]),
         "socketpair": ((53, 199), _local_stream()),
     }
+
+
+def _opening(flags: int) -> list[Instruction]:
+    """``flags``: which argument they are."""
+    named = _unless_masked(flags, os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)
+    # As where a file system cannot do it: the C library and Python take a file that has a name at first.
+    nameless = [(_ANY_OF, 0, 1, _NAMELESS), _refuse(errno.EOPNOTSUPP)]
+    return [_load_argument(flags), *nameless, *named[1:]]
 
 
 def _local_stream() -> list[Instruction]:

@@ -202,5 +202,5 @@ async def _reply(warden: socket.socket) -> dict[str, Any]:
     while len(data) < end + out + err:
         data += await received(warden)
     reply["stdout"] = data[end : end + out].decode(errors="replace")
-    reply["stderr"] = data[end + out :].decode(errors="replace")
+    reply["stderr"] = data[end + out : end + out + err].decode(errors="replace")
     return reply
