@@ -16,6 +16,6 @@ class HeldReward:
 
     async def score(self, prompt: Prompt, branch: BranchView) -> Score:
         self._free -= 1
-        while self._free < 0 and not self._until.exists():
+        while self._free < 0 and not self._until.exists():  # noqa: ASYNC110 (of another process)
             await asyncio.sleep(0.1)
         return self._reward.score(prompt, branch)

@@ -72,7 +72,7 @@ async def test_a_quickstart_while_it_runs(browser: Any, run: Run, seen_enough: P
     known = "Number(document.querySelector('#matched').textContent.match(/of ([0-9]+) /)[1])"
     await seen.until(f"document.querySelector('#matched') && {known} > 0", WAIT_S)
     first = await page.evaluate(known)
-    seen_enough.touch()
+    await asyncio.to_thread(seen_enough.touch)
     await seen.until(f"{known} > {first}", WAIT_S)
     await page.fill("#forks_min", "1")
     await page.wait_for_selector("tbody tr[data-tree]")
