@@ -127,6 +127,8 @@ class HttpClient:
                 ) as response,
             ):
                 data = await _body(response)
+        except aiohttp.ConnectionTimeoutError as error:  # a TimeoutError, too
+            raise HttpError(f"no connection within {CONNECT_S:g} s at {url}") from error
         except TimeoutError as error:
             raise HttpError(f"no answer from {url} within {limit_s:g} s") from error
         except ValueError as error:  # aiohttp's InvalidURL is one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -97,6 +98,21 @@ async def test_what_a_server_does(
     assert (outcome.status, http.requests) == (status, requests)
     if status is ToolStatus.OK:
         assert outcome.text == "T: x"
+
+
+async def test_a_server_that_takes_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a firewall that drops what is sent: here the queue of a socket is full."""
+    monkeypatch.setattr("system.http.CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, socket.create_connection(deaf.getsockname()):
+        client = HttpClient()
+        search = SearchTool(f"http://127.0.0.1:{deaf.getsockname()[1]}", http=client)
+        tools = ToolService([search], ToolsConfig(), patience=FAST, http=client)
+        outcome = await tools.call("search", {"query": "x"}, ANY)
+        assert (outcome.status, outcome.attempts) == (ToolStatus.UNAVAILABLE, 3)
+        assert outcome.detail.startswith(f"no connection within 0.3 s at {search.url}")
+        with pytest.raises(ToolStartError, match=r"no connection within 0\.3 s at .*set tools\.search_url"):
+            await tools.check()
+        await tools.close()
 
 
 async def test_five_refused_queries_leave_the_tool_to_others(http: Http, over_http: ToolService) -> None:

@@ -15,11 +15,12 @@ from sandboxes import children, running
 
 from system.tools.sandbox import server
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox.sessions import MAX_CODE_BYTES
 
 # Runs in the fork server before all else: what is forked off it after SIGUSR1 has the fault.
 FAULT = """
 import signal, time
-from system.tools.sandbox import call_warden, lockdown, rooms
+from system.tools.sandbox import call_warden, lockdown, rooms, session_warden
 def fail(*_):
     time.sleep(0.1)
     raise OSError("x" + "é" * 4096)
@@ -56,9 +57,18 @@ async def test_a_call_that_cannot_begin_is_told_why_and_the_server_stays(
 ) -> None:
     async with failing(fault, namespaces) as box:
         before = box.pid
-        for _ in range(3):
+        for code in ("1", "2", "#" * MAX_CODE_BYTES):  # the last is longer than what a socket holds
             with pytest.raises(SandboxUnavailable, match=r"could not be confined: .*xé"):
-                await box.run("1")
+                await box.run(code)
+        assert box.pid == before
+
+
+async def test_sessions_that_have_no_warden_are_told_why() -> None:
+    async with failing("session_warden.SessionWarden.fork", True) as box:
+        before = box.pid
+        with pytest.raises(SandboxUnavailable, match="the warden of the session could not begin: OSError: xé"):
+            await box.tree()
+        assert (await box.run("1")).text == "1"
         assert box.pid == before
 
 

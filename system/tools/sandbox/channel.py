@@ -19,7 +19,7 @@ class SandboxUnavailable(EspalierError, RuntimeError):
 
 
 class Lost(Exception):
-    """Who serves a channel, or one call over it, died."""
+    """Who serves a channel, or one call over it, died; the message: why there never was anybody, if so."""
 
 
 class Channel:
@@ -60,10 +60,17 @@ class Channel:
             except TimeoutError:
                 raise Lost from None
             except OSError as error:
-                raise Lost from error
+                raise Lost(self._never_began()) from error
         finally:
             self._calls.discard(ours)
             ours.close()  # tells who serves it, if they still do, to give it up
+
+    def _never_began(self) -> str:
+        """What a fork server says that had no process for who was to serve it; empty: nothing."""
+        for _ in range(2):  # at first Linux may tell only that a call was not read
+            with contextlib.suppress(OSError, ValueError):  # ValueError: its end
+                return json.loads(self.control.recv(1 << 16, socket.MSG_PEEK))["failed"]
+        return ""
 
     async def pass_on(self, word: bytes, theirs: socket.socket) -> None:
         """Give the other end ``theirs``; ``word``: to do what with.  Raises OSError."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class ForkServer(Channel):
                 self._calls.add(warden)
                 try:
                     request = REQUEST.pack(wall_s, len(data)) + data
-                    await asyncio.get_running_loop().sock_sendall(warden, request)
+                    with suppress(ConnectionError):  # who takes no more of it may have said why
+                        await asyncio.get_running_loop().sock_sendall(warden, request)
                     reply = await _reply(warden)
                 except BaseException:
                     warden.close()  # tells it, if it lives, to give the call up

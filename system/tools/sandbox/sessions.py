@@ -59,8 +59,9 @@ class SessionTree:
         """The warden's reply, within its grace.  Raises :class:`SessionLost` or SandboxUnavailable."""
         try:
             reply = await self._channel.call(request, within_s + GRACE_S)
-        except Lost:
-            raise SessionLost("the warden of the session died, or did not answer") from None
+        except Lost as lost:
+            why = f"could not begin: {lost}" if str(lost) else "died, or did not answer"
+            raise SessionLost(f"the warden of the session {why}") from None
         if "failed" in reply:
             raise SandboxUnavailable(f"the sandbox failed: {reply['failed']}")
         if "full" in reply:
