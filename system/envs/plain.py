@@ -31,10 +31,10 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
-from system.envs.protocol import Action, Environment, ForkKind, Ids, Observation, Start, World
+from system.envs.protocol import Action, Environment, ForkKind, Ids, Observation, Start, World, checked
 from system.plugins import PluginError
 from system.text import as_text
 from system.tools.outcome import ToolSpec
@@ -125,6 +125,11 @@ class PlainWorld(World):
 
 
 def _answer(said: Any, role: str = "tool") -> Observation:
+    """What a method returned.  Raises :class:`.WorldFailed` for what is no text yet: bytes, or something that
+    is still to be awaited or gone through.
+    """
+    if isinstance(said, bytes | bytearray | Awaitable | Iterator):
+        return checked(said)
     return said if isinstance(said, Observation) else Observation.of(as_text(said), role=role)
 
 

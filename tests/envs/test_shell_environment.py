@@ -93,6 +93,7 @@ async def test_what_a_session_defined_does_not_answer_for_the_check() -> None:
         "mkdir t; echo exit 0 > t/t.sh; chmod 444 t/t.sh; chmod 555 t",
         "mkdir /tmp/t; echo exit 0 > /tmp/t/t.sh; chmod 444 /tmp/t/t.sh; chmod 555 /tmp/t; ln -s /tmp/t t",
         "for i in 1 2 3; do head -c 3000000 /dev/zero > f$i; done",
+        "chmod 0 /files",
     ],
 )
 async def test_check_files_that_cannot_be_written_pass_nothing(code: str) -> None:
@@ -102,6 +103,16 @@ async def test_check_files_that_cannot_be_written_pass_nothing(code: str) -> Non
         result = await root.result() or {}
         assert result["reward"] == 0.0
         assert "The file of the check t/t.sh could not be written." in result["check"]
+
+
+async def test_a_session_that_is_closed_to_itself_goes_on() -> None:
+    async with (tree := grown({"check": "test -e done"})) as root:
+        assert await told(root, "touch done; chmod 0 /files") == ("ok", "")
+        assert "Permission denied" in (await told(root, "ls"))[1]
+        child = root.fork((0, 1), 2)
+        assert await told(child, "chmod 700 /files; ls") == ("ok", "done")
+        assert [(await one.result() or {})["reward"] for one in (root, child)] == [0.0, 1.0]
+        assert not tree.service.counts["rebuilt"]
 
 
 async def test_the_check_has_a_home_of_its_own() -> None:

@@ -102,6 +102,7 @@ def confine(confinement: Confinement, scratch: str, ruleset: int, uid: int | Non
     its parent, even when that died before it could ask for this.
     """
     limits = confinement.settings.limits
+    os.chdir(scratch)
     _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
     _limit(resource.RLIMIT_NPROC, limits.threads + _foreign_tasks(confinement, uid))
     if uid:
@@ -109,7 +110,7 @@ def confine(confinement: Confinement, scratch: str, ruleset: int, uid: int | Non
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
     if select.select([leash], [], [], 0)[0]:
         raise ProcessLookupError("the warden is gone")
-    _enclose(confinement, ruleset, scratch, leash)
+    _enclose(confinement, ruleset, leash)
     own = os.getpid().to_bytes(4, sys.byteorder)
     kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
 
@@ -127,11 +128,12 @@ def confine_session(
     and dies with that.  Its forks are asked for at a descriptor, given to ``listen``.
     """
     limits = confinement.settings.limits
+    os.chdir(home)
     tasks = limits.threads * limits.branches + 1  # all sessions of the tree, and the first process
     _limit(resource.RLIMIT_NPROC, tasks + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
-    _enclose(confinement, landlock_ruleset(confinement, directories), home, control)
+    _enclose(confinement, landlock_ruleset(confinement, directories), control)
     listener = kernel.install_listened_filter(confinement.session_forks)
     listen(listener)
     os.close(listener)
@@ -142,17 +144,17 @@ def confine_command(confinement: Confinement, uid: int | None, leash: int) -> No
     """The same for a command of a shell, which starts programs, in the namespaces of
     :func:`.cell.enter_command`.  Its processes are counted, and their memory and time, by its warden."""
     limits = confinement.settings.limits
+    os.chdir(cell.FILES)  # as whoever may: an earlier command may have closed it to its user
     _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
     _limit(resource.RLIMIT_NPROC, limits.threads * limits.branches + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
-    _enclose(confinement, landlock_ruleset(confinement, *cell.OF_SHELL), cell.FILES, leash)
+    _enclose(confinement, landlock_ruleset(confinement, *cell.OF_SHELL), leash)
     kernel.install_filter(confinement.shell_syscalls)
 
 
-def _enclose(confinement: Confinement, ruleset: int, home: str, kept: int) -> None:
+def _enclose(confinement: Confinement, ruleset: int, kept: int) -> None:
     """Keep this process to its directories and from all privileges, and close and bound its descriptors."""
-    os.chdir(home)
     os.umask(0o077)
     kernel.no_new_privileges()
     if confinement.landlock:
