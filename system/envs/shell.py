@@ -33,6 +33,8 @@ _OF_THE_MOMENT = re.compile(
     r"|\b\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?\b|\b18(?:79|8[0-3])\d{6}\b|\b0x[0-9a-f]{6,}\b"
 )
 
+_COPY_S = 0.5  # for the check: with check_s as it comes, within environment.result_s
+
 
 class ShellEnvironment(SessionEnvironment):
     """Shells."""
@@ -126,14 +128,15 @@ class ShellWorld(SessionWorld):
     """A shell's session, which is checked at the end."""
 
     async def result(self) -> dict[str, Any] | None:
-        """The check runs in a copy, where there can be one: what it does is no part of the world.  Else it
-        takes the session, which is built again should the branch go on."""
+        """The check runs in a copy, where there can be one soon: what it does is no part of the world.  Else
+        it takes the session, which is built again should the branch go on: a model that leaves many files
+        must not make its own check late."""
         assert isinstance(self._environment, ShellEnvironment)
         prompt = self._environment.prompt(self._tree)
         if self._session is None:
             raise ToolUnavailable("its session is gone")
         try:
-            copy = await self._session.fork()
+            copy = await self._session.fork(_COPY_S)
         except (NotForked, TreeFull):
             try:
                 return await self._environment.checked(self._session, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from system.envs.make import make_environment
 from system.envs.protocol import Acted, ForkKind, WorldFailed
 from system.envs.shell import ShellEnvironment
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox.sessions import NotForked, SandboxSession
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
 
@@ -133,6 +135,21 @@ async def test_a_full_tree_is_checked_as_any_other() -> None:
         assert await told(child, "echo 2 > f") == ("ok", "")
         assert (await root.result() or {})["reward"] == 1.0
         assert await told(root, "cat f") == ("ok", "1"), "the check took its session, not its files"
+
+
+async def test_files_that_take_long_to_be_copied_do_not_make_the_check_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of `seq 60000 | xargs touch` do."""
+
+    async def fork(_: SandboxSession, within_s: float = 10.0) -> SandboxSession:
+        await asyncio.sleep(within_s)
+        raise NotForked("its files take too long to be copied")
+
+    async with grown({"check": "sleep 2; test -e done"}) as root:
+        await told(root, "touch done")
+        monkeypatch.setattr(SandboxSession, "fork", fork)
+        assert (await root.result() or {})["reward"] == 1.0
 
 
 async def test_a_check_that_does_not_end_is_not_passed() -> None:
