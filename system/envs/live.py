@@ -69,15 +69,13 @@ class TreeSessions:
 
         Raises :class:`WorldFailed`.
         """
-        session = BranchSession(self, "0")
-        self._first = await session.world()
+        self._first = await BranchSession(self, "0").world()
         self.opening = self._first.opening
         return self.opening
 
     def root(self, key: Sequence[int]) -> BranchSession:
         """The session of a branch that begins at the prompt."""
-        session = BranchSession(self, _label(key), held=self._first)
-        self._first = None
+        session, self._first = BranchSession(self, _label(key), held=self._first), None
         self._sessions.append(session)
         return session
 
@@ -181,12 +179,16 @@ class BranchSession:
         if self.final is not None or not self._service.environment.has_result:
             return self.final
         async with self._line.spot():
-            held, limit = await self.world(), self._service.limits.result_s
-            try:
-                told = await self._ask(held, limit, "result", held.world.result)
-                self.final = None if told is None else dict(plain(told))
-            except (*_FAILURES, TypeError, ValueError) as error:
-                raise self._failure("no_result", str(error)) from error
+            for again in (self._service.rebuilds, False):  # a world that has gone is built anew, once
+                held, limit = await self.world(), self._service.limits.result_s
+                try:
+                    told = await self._ask(held, limit, "result", held.world.result)
+                    self.final = None if told is None else dict(plain(told))
+                    break
+                except (*_FAILURES, TypeError, ValueError) as error:
+                    if not (again and isinstance(error, ToolUnavailable) and error.retryable):
+                        raise self._failure("no_result", str(error)) from error
+                    self.discard("its result was not to be had")
         return self.final
 
     def end(self, why: str) -> None:
@@ -241,9 +243,8 @@ class BranchSession:
                 return self._without(f"{undone.text}\n", undone.status)
             except TooLate:
                 service.counts["timeouts"] += 1
-                return self._without(
-                    f"{name} did not answer within {limits.step_s:g} s. ", ToolStatus.TIMEOUT
-                )
+                late = f"{name} did not answer within {limits.step_s:g} s. "
+                return self._without(late, ToolStatus.TIMEOUT)
             except ToolUnavailable as error:
                 safe = repeatable or not error.delivered
                 if error.retryable and safe and tries < limits.retries:
@@ -327,10 +328,9 @@ class BranchSession:
         for attempt in range(retries + 1):
             try:
                 return await self._opened(None)
-            except (TooLate, ToolUnavailable) as error:
+            except (TooLate, ToolUnavailable) as why:
                 if attempt == retries:
-                    reason = "world_lost" if self.journal else "open_failed"
-                    raise self._failure(reason, str(error)) from error
+                    raise self._failure("world_lost" if self.journal else "open_failed", str(why)) from why
                 service.counts["retries"] += 1
                 await asyncio.sleep(BACKOFF_S * 2**attempt)
             except (Raised, CallRefused, CannotFork, Undone) as error:

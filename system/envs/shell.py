@@ -21,8 +21,9 @@ from typing import Any, ClassVar, cast
 from system.envs.protocol import Start
 from system.envs.sessions import SessionEnvironment, SessionWorld, text_of, wrong
 from system.tools.outcome import ToolSpec, ToolStatus
+from system.tools.sandbox.channel import SandboxUnavailable
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-from system.tools.sandbox.sessions import MAX_CODE_BYTES, NotForked, SandboxSession, TreeFull
+from system.tools.sandbox.sessions import MAX_CODE_BYTES, NotForked, SandboxSession, SessionLost, TreeFull
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
@@ -131,6 +132,12 @@ class ShellWorld(SessionWorld):
         """The check runs in a copy, where there can be one soon: what it does is no part of the world.  Else
         it takes the session, which is built again should the branch go on: a model that leaves many files
         must not make its own check late."""
+        try:
+            return await self._checked()
+        except (SessionLost, SandboxUnavailable) as error:
+            raise ToolUnavailable(str(error)) from error
+
+    async def _checked(self) -> dict[str, Any] | None:
         assert isinstance(self._environment, ShellEnvironment)
         prompt = self._environment.prompt(self._tree)
         if self._session is None:

@@ -29,6 +29,7 @@ from system.envs.protocol import (
 )
 from system.envs.service import EnvironmentService
 from system.tools.outcome import ToolStatus
+from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
 from system.twin.clock import run
 
@@ -381,3 +382,51 @@ def test_a_world_is_closed_once() -> None:
         assert held.world.closed
 
     run(main())
+
+
+class Away(Chains):
+    """Its worlds say ``times`` times that they are away when they are asked what they have come to."""
+
+    def __init__(self, forks: ForkKind, effects: Effects, times: int) -> None:
+        super().__init__(forks, effects)
+        self.times = times
+
+    async def open(self, start: Start) -> World:
+        world = await super().open(start)
+        tell = world.result
+
+        async def result() -> Any:
+            self.times -= 1
+            if self.times >= 0:
+                raise ToolUnavailable("away")
+            return await tell()
+
+        world.result = result  # type: ignore[method-assign]
+        return world
+
+
+@pytest.mark.parametrize(
+    ("forks", "effects", "times", "known"),
+    [
+        (ForkKind.REPLAY, Effects.SESSION, 1, True),
+        (ForkKind.REPLAY, Effects.SESSION, 2, False),
+        (ForkKind.REPLAY, Effects.OUTSIDE, 1, False),
+        (ForkKind.NONE, Effects.SESSION, 1, False),
+    ],
+)
+def test_a_world_that_is_away_at_the_end_is_built_anew_once(
+    forks: ForkKind, effects: Effects, times: int, known: bool
+) -> None:
+    async def main() -> None:
+        sessions, session = await one_root(Away(forks, effects, times))
+        _, state = said(await session.act(push("a"), ""))
+        try:
+            assert await session.result() == {"state": state}
+        finally:
+            await sessions.close()
+            await sessions.service.settle()
+
+    if known:
+        run(main())
+    else:
+        assert failure(main()).reason == "no_result"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import pytest
 from system.config import ToolsConfig
 from system.envs.arguments import typed
 from system.envs.plain import PlainEnvironment
-from system.envs.protocol import Acted, Action, Ids, Observation, Start
+from system.envs.protocol import Acted, Action, Ids, Observation, Start, WorldFailed
 from system.plugins import SYNTAXES
 from system.rollout.syntax.base import MalformedCall, ParsedCall, bounded
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
@@ -181,3 +182,24 @@ def test_a_type_of_the_third_draft_that_is_a_schema_is_left_to_the_check() -> No
     draft = "http://json-schema.org/draft-03/schema#"
     schema = {"$schema": draft, "properties": {"a": {"type": ["integer", {"enum": ["x"]}]}}}
     assert typed(ToolSpec("t", "", schema, "a"), {"a": "x"}) == {"a": "x"}
+
+
+class Unready:
+    """Its method returns what is no text yet."""
+
+    def reset(self, prompt: Prompt) -> None:
+        """Nothing to do."""
+
+    def read(self, kind: str) -> Any:
+        if kind == "coroutine":
+            return asyncio.sleep(0, "text")
+        return b"text" if kind == "bytes" else iter(["text"])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited")
+@pytest.mark.parametrize("kind", ["bytes", "coroutine", "iterator"])
+def test_a_method_that_returns_no_text_costs_the_branch(kind: str) -> None:
+    ids = Ids("r", "train", "1", "0")
+    world = PlainEnvironment("x:Unready", Unready, Unready).open(Start(ids, Prompt("p", (), ()), 0, 1.0))
+    with pytest.raises(WorldFailed, match=r"bad_observation: .*no Observation and no text"):
+        world.step(Action((Acted("read", {"kind": kind}),), "", ids, 1.0))

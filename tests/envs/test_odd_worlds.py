@@ -272,27 +272,6 @@ async def test_a_plain_class_may_tell_numbers_of_numpy_and_no_odd_end() -> None:
     await sessions.close()
 
 
-class Unready:
-    """Its methods return what is no text yet."""
-
-    def reset(self, prompt: Prompt) -> None: ...
-
-    def read(self, what: str) -> Any:
-        made: Any = {"bytes": b"text", "numbers": (str(i) for i in range(3)), "asyncio": asyncio.sleep(0, "x")}
-        made["asyncio"].close()  # nobody awaits it
-        return made[what]
-
-
-@pytest.mark.parametrize("what", ["bytes", "numbers", "asyncio"])
-def test_a_plain_class_that_returns_no_text_costs_the_branch(what: str) -> None:
-    async def main() -> None:
-        _, session = await one_root(PlainEnvironment("x:Unready", Unready, Unready))
-        await session.act([Acted("read", {"what": what})], "")
-
-    lost = failure(main())
-    assert (lost.reason, "no Observation and no text" in lost.detail) == ("bad_observation", True)
-
-
 def test_a_final_state_that_is_nested_too_deeply_is_none() -> None:
     with pytest.raises(ValueError, match="nested more than 50 deep"):
         plain({"reward": nested(60)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from grown import Tree, forks_equal_replay
-from sandboxes import running
+from sandboxes import children, running
 
 from system.config import EnvironmentConfig
 from system.envs.live import BranchSession
@@ -150,6 +152,21 @@ async def test_files_that_take_long_to_be_copied_do_not_make_the_check_late(
         await told(root, "touch done")
         monkeypatch.setattr(SandboxSession, "fork", fork)
         assert (await root.result() or {})["reward"] == 1.0
+
+
+@pytest.mark.parametrize("lost", ["given up", "killed"])
+async def test_a_session_that_is_gone_is_built_again_for_its_check(lost: str) -> None:
+    async with (
+        tree := grown({"check": "test -e done"}, live_sessions=1 if lost == "given up" else 9)
+    ) as root:
+        child = root.fork((0, 1), 0)
+        for one in (root, child):
+            assert await told(one, "touch done") == ("ok", "")
+        if lost == "killed":
+            for warden in children(tree.environment._sandbox.pid or 0):
+                os.kill(warden, signal.SIGKILL)
+        assert [(await one.result() or {})["reward"] for one in (root, child)] == [1.0, 1.0]
+        assert tree.service.counts["rebuilt"]
 
 
 async def test_a_check_that_does_not_end_is_not_passed() -> None:

@@ -103,7 +103,10 @@ async def test_what_a_server_does(
 async def test_a_server_that_takes_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a firewall that drops what is sent: here the queue of a socket is full."""
     monkeypatch.setattr("system.http.CONNECT_S", 0.3)
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, socket.create_connection(deaf.getsockname()):
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as deaf,
+        socket.create_connection(deaf.getsockname()),
+    ):
         client = HttpClient()
         search = SearchTool(f"http://127.0.0.1:{deaf.getsockname()[1]}", http=client)
         tools = ToolService([search], ToolsConfig(), patience=FAST, http=client)

@@ -66,7 +66,9 @@ async def test_a_call_that_cannot_begin_is_told_why_and_the_server_stays(
 async def test_sessions_that_have_no_warden_are_told_why() -> None:
     async with failing("session_warden.SessionWarden.fork", True) as box:
         before = box.pid
-        with pytest.raises(SandboxUnavailable, match="the warden of the session could not begin: OSError: xé"):
+        with pytest.raises(
+            SandboxUnavailable, match="the warden of the session could not begin: OSError: xé"
+        ):
             await box.tree()
         assert (await box.run("1")).text == "1"
         assert box.pid == before
