@@ -24,7 +24,7 @@ def make_environment(config: EnvironmentConfig) -> Environment | None:
         return None
     if inspect.isclass(kind) and hasattr(kind, "reset") and not hasattr(kind, "open"):
         return PlainEnvironment(name, kind, ENVIRONMENTS.bound(name, options))
-    made = ENVIRONMENTS.make(name, options)
+    made = ENVIRONMENTS.make(name, options, result_s=config.result_s)
     if not isinstance(made, Environment):
         raise PluginError(
             f"environment.name={name!r}: a class with reset() and public methods is needed, or one derived "

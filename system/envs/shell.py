@@ -12,6 +12,7 @@ the branch forks.  What a question brings along stands in its ``extra``:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -68,14 +69,20 @@ class ShellEnvironment(SessionEnvironment):
         concurrency: int = 16,
         live_sessions: int = 2000,
         live_mb: int = 8192,
+        result_s: float = math.inf,
     ) -> None:
         """``wall_s``, ``cpu_s``, ``memory_mb``, ``output_chars``, ``processes``: of one call, with all that
         it starts; ``disk_mb``: files of one session, held in memory; ``readable``: directories beside the
         system's own that commands may read and run programs from; ``directories``: where those stand that a
-        question may name; ``check_s``: of ``check``, within ``environment.result_s``; ``concurrency``: calls
-        that run at once; ``live_sessions``, ``live_mb``: beyond so many sessions, or so much memory of their
-        files, the one which was idle longest is given up, and built again when its branch goes on.
+        question may name; ``check_s``: of ``check``, within ``result_s``, the environment's; ``concurrency``:
+        calls that run at once; ``live_sessions``, ``live_mb``: beyond so many sessions, or so much memory of
+        their files, the one which was idle longest is given up, and built again when its branch goes on.
         """
+        if check_s + _COPY_S > result_s:
+            raise ValueError(
+                f"environment.options.check_s={check_s:g}: environment.result_s={result_s:g} ends a check "
+                f"before that, and its leaf is unscored: set environment.result_s={check_s + 2:g} or more"
+            )
         limits = SandboxLimits(
             *(max(wall_s, check_s), cpu_s, memory_mb, output_chars),
             file_mb=disk_mb,

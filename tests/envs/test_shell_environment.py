@@ -20,6 +20,7 @@ from system.envs.live import BranchSession
 from system.envs.make import make_environment
 from system.envs.protocol import Acted, ForkKind, WorldFailed
 from system.envs.shell import ShellEnvironment
+from system.plugins import PluginError
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.sandbox.sessions import NotForked, SandboxSession
 from system.tools.sandbox.settings import Shell
@@ -61,6 +62,13 @@ async def test_without_namespaces_it_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Sandbox, "start", start)
     with pytest.raises(ToolUnavailable, match="with namespaces: no"):
         await ShellEnvironment().check()
+
+
+async def test_a_check_that_its_deadline_would_cut_off_is_refused() -> None:
+    slow = EnvironmentConfig(name="bash", options={"check_s": 60})
+    with pytest.raises(PluginError, match=r"check_s=60: .*set environment\.result_s=62 or more"):
+        make_environment(slow)
+    assert make_environment(dataclasses.replace(slow, result_s=62.0)) is not None
 
 
 async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
