@@ -70,7 +70,7 @@ def application(runs: list[RunReader], files: dict[str, Path]) -> web.Applicatio
         app.router.add_get(path, _file(file))
     app.router.add_get("/api/runs", _runs)
     for name, view in _VIEWS.items():
-        app.router.add_get(f"/api/runs/{{run:\\d+}}/{name}", _json(view))
+        app.router.add_get(f"/api/runs/{{run:\\d{{1,9}}}}/{name}", _json(view))
     return app
 
 
