@@ -38,11 +38,11 @@ class AnswerFile:
         try:
             theirs = next(lines, {})["about"]
             answers = [Answered(**line) for line in lines]
+            self.known = {answer.key: answer for answer in answers if answer.there}
         except (JsonlError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self._path} holds no answers of an evaluation ({error}): name a new file"
             ) from error
-        self.known = {answer.key: answer for answer in answers if answer.there}
         if self.known and (differ := list(_differences(theirs, about))):
             raise ConfigError(
                 f"{self._path} holds the answers of another evaluation: {', '.join(differ[:5])}; "

@@ -74,7 +74,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                 raise JsonlError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise JsonlError(f"{path}, line {number}: expected an object, found {type(record).__name__}")

@@ -6,6 +6,7 @@ Whether they are to be had has been asked before (:mod:`system.doctor.preflight`
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,10 @@ def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
         return Path(config.tools.corpus)
     assert isinstance(task, HasCorpus)
     path = directory / "corpus.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    partial = path.with_name(
+        f".{path.name}.{os.getpid()}"
+    )  # the search of another run of a study may be reading
+    with partial.open("w", encoding="utf-8") as file:
         for document in task.corpus():
             file.write(as_text(json.dumps(document, ensure_ascii=False)) + "\n")
-    return path
+    return partial.replace(path)

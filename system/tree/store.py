@@ -158,7 +158,7 @@ def read_tree(directories: Sequence[Path], number: int) -> Tree | None:
         for path in before[-1:]:
             try:
                 table = pq.read_table(path, filters=[("number", "=", number)])
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, OSError) as error:
                 raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
             for tree in from_table(table, source=str(path)):
                 return tree
@@ -205,7 +205,7 @@ def _numbered(paths: Iterable[Path]) -> Iterator[tuple[int, Tree]]:
             table = pq.read_table(path)
         except FileNotFoundError:
             continue
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
         for i, tree in enumerate(from_table(table, source=str(path))):
             yield table["number"][i].as_py(), tree

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.observe.terminal import visible
+from system.text import described
 from system.tree.record import Tree
 from system.tree.store import StoreError, complete_files, from_table
 
@@ -21,7 +22,7 @@ _COLUMNS = (
     *("calls.list.element.tool", "forks.list.element.delta_h", "forks.list.element.forks"),
     *("started_s", "closed_s"),
 )
-_MOST_TOKENS = 1 << 20  # of all trees that are looked at together
+_MOST_BYTES = 24 << 20  # of all trees that are looked at together, about a million tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,8 @@ class TreeIndex:
                 self._files[path] = list(look(path))
             except FileNotFoundError:  # pruned meanwhile
                 pass
-            except (pa.ArrowException, OSError, StoreError, KeyError, TypeError, ValueError) as error:
-                self._files[path], self.problems[path] = [], visible(str(error))
+            except Exception as error:  # damaged bytes may fail anywhere: the other files are looked at
+                self._files[path], self.problems[path] = [], visible(described(error))
             self.waiting, changed = self.waiting - 1, True
             if self._clock() >= until:
                 break
@@ -111,21 +112,22 @@ def load(row: TreeRow) -> Tree:
             for at, batch in enumerate(file.iter_batches(1, columns=columns)):
                 if at == row.row:
                     return next(from_table(pa.Table.from_batches([batch]), str(row.file)))
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise StoreError(f"{row.file} is not a readable Parquet file of trees: {error}") from error
     raise StoreError(f"{row.file} has no row {row.row}")
 
 
 def _rows_together(file: pq.ParquetFile) -> int:
-    """So many that their tokens find room."""
+    """So many that their bytes find room.
+
+    Columns are not asked: where what is said of one is damaged, pyarrow lets an exception of C++ through,
+    which ends the process.
+    """
     about = file.metadata
-    tokens = 0
-    for group in range(about.num_row_groups):
-        columns = about.row_group(group)
-        for column in range(columns.num_columns):
-            if columns.column(column).path_in_schema.split(".")[0] == "version":
-                tokens += columns.column(column).num_values
-    return max(1, about.num_rows * _MOST_TOKENS // max(tokens, 1)) if tokens > _MOST_TOKENS else 1 << 16
+    size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+    return max(1, about.num_rows * _MOST_BYTES // size) if size > _MOST_BYTES else 1 << 16
 
 
 def _rows(batch: pa.RecordBatch, path: Path, at: int) -> Iterator[TreeRow]:

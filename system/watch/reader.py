@@ -115,7 +115,7 @@ class RunReader:
         """``summary.json``; empty while there is none."""
         try:
             found = json.loads(self.run_dir.summary_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

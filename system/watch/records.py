@@ -10,9 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.observe.sinks import RESUMED
+from system.observe.terminal import visible
 
 WHICH = "eval/which"  # the record of an evaluation has it: before, during or after training
 _NOT_SERIES = ("step", "version", "time", WHICH)
+
+
+def number(value: object) -> float | None:
+    """``value`` as a float; None for what is no number, or one that no float can hold."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 class Records:
@@ -23,7 +32,7 @@ class Records:
         self._step, self._time = array("q"), array("d")
         self._which: list[str] = []  # "" for a training step
         self._counts = bytearray()  # row -> 1 unless a resume took it back
-        self._columns: dict[str, tuple[array[int], array[float]]] = {}  # key -> (rows, values)
+        self._columns: dict[str, tuple[array[int], array[float]]] = {}  # key, safe to show -> (rows, values)
 
     def __len__(self) -> int:
         return len(self._step)
@@ -34,20 +43,22 @@ class Records:
                 if step > back_to:
                     self._counts[row] = 0
             return
-        step, time = record.get("step"), record.get("time")
-        if not isinstance(step, int) or not isinstance(time, int | float):
+        step, time = record.get("step"), number(record.get("time"))
+        if not isinstance(step, int) or abs(step) >= 1 << 63 or time is None:
             return
         row = len(self._step)
         self._step.append(step)
-        self._time.append(float(time))
+        self._time.append(time)
         self._which.append(str(record.get(WHICH, "")))
         self._counts.append(1)
         for key, value in record.items():
-            if key not in _NOT_SERIES and isinstance(value, int | float):
-                rows, values = self._columns.setdefault(key, (array("q"), array("d")))
-                rows.append(row)
-                values.append(float(value))
-                self.latest[key] = float(value)
+            if key in _NOT_SERIES or (found := number(value)) is None:
+                continue
+            name = key if key in self._columns else visible(key)
+            rows, values = self._columns.setdefault(name, (array("q"), array("d")))
+            rows.append(row)
+            values.append(found)
+            self.latest[name] = found
 
     @property
     def step(self) -> int:

@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from system.errors import EspalierError
-from system.observe.terminal import shown
+from system.observe.terminal import shown, visible
 from system.serving import AppServer, serve
 from system.text import described
 from system.watch import views
@@ -55,9 +55,18 @@ async def start(runs: Sequence[Path], host: str = "127.0.0.1", port: int = 0) ->
     Raises :class:`RunDirError` for what is no run.
     """
     key, files = secrets.token_urlsafe(24), page_files()
-    app = application([RunReader(root) for root in runs], files)
+    app = application(told_apart([RunReader(root) for root in runs]), files)
     server = await serve(app, host, port, key=key, free=files.keys())
     return server, f"{server.url}/#key={key}"
+
+
+def told_apart(runs: list[RunReader]) -> list[RunReader]:
+    """The same; those of one name are called by their directories from here on."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = visible(str(run.run_dir.root))
+    return runs
 
 
 def application(runs: list[RunReader], files: dict[str, Path]) -> web.Application:
@@ -70,7 +79,7 @@ def application(runs: list[RunReader], files: dict[str, Path]) -> web.Applicatio
         app.router.add_get(path, _file(file))
     app.router.add_get("/api/runs", _runs)
     for name, view in _VIEWS.items():
-        app.router.add_get(f"/api/runs/{{run:\\d+}}/{name}", _json(view))
+        app.router.add_get(f"/api/runs/{{run:\\d{{1,9}}}}/{name}", _json(view))
     return app
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from system.observe.lease import LOOK_S, NAME
+from system.observe.terminal import visible
 
 _FILES = ("metrics.jsonl", "ledger.jsonl", "events.jsonl", "summary.json", "attempts.jsonl")
 
@@ -58,7 +59,7 @@ def run_state(root: Path, pulse: Pulse | None = None, host: str = "") -> RunStat
     quiet = pulse.age("records", max(written)) if written else None
     holder = _holder(root / NAME)
     if holder:
-        said = f"process {holder['pid']} on {holder['host']}"
+        said = visible(f"process {holder['pid']} on {holder['host']}")
         beat = _modified(root / NAME)
         alive = beat is not None and pulse.age("lease", beat) < LOOK_S
         if holder["host"] == host and not Path(f"/proc/{holder['pid']}").exists() and Path("/proc").is_dir():
@@ -71,7 +72,7 @@ def _ended(root: Path) -> bool:
     """Whether the run came to its end: one that went on from there and stopped has a model, too."""
     try:
         summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is not there, or is damaged
+    except (OSError, ValueError, RecursionError):  # it is not there, or is damaged
         return False
     # An older version did not say whether it had ended.
     return (root / "model").is_dir() and isinstance(summary, dict) and bool(summary.get("ended", True))
@@ -82,7 +83,7 @@ def _holder(path: Path) -> Mapping[str, object]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"host": str(found["host"]), "pid": int(found["pid"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}
 
 

@@ -56,7 +56,7 @@ class JsonlTail:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # it is none, or is nested too deeply
                 record = None
             if isinstance(record, dict):
                 yield record

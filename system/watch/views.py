@@ -17,7 +17,7 @@ from system.redact import redact
 from system.watch.index import TreeRow
 from system.watch.query import TreeFilter, thinned
 from system.watch.reader import RunReader
-from system.watch.records import Records
+from system.watch.records import Records, number
 from system.watch.status import RunState
 
 POINTS = 90  # of a curve: more would be no more than its noise
@@ -67,7 +67,7 @@ def overview(run: RunReader, state: RunState) -> dict[str, Any]:
             {"step": step, "which": visible(which), "accuracy": found.get("accuracy")}
             for step, _, which, found in records.evaluations()
         ],
-        "notes": [{"time": one.get("time"), "text": shown(str(one["note"]))} for one in notes][-50:],
+        "notes": [{"time": number(one.get("time")), "text": shown(str(one["note"]))} for one in notes][-50:],
         "causes": _causes(run.summary()),
         "trees": {"known": len(run.index.rows), "files_left": run.index.waiting},
         "problems": _problems(run),
@@ -99,7 +99,11 @@ def _causes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(causes, dict):
         return []
     return [
-        {"kind": shown(str(kind)), "count": one.get("count"), "first": shown(str(one.get("first", "")))}
+        {
+            "kind": shown(str(kind)),
+            "count": number(one.get("count")),
+            "first": shown(str(one.get("first", ""))),
+        }
         for kind, one in causes.items()
         if isinstance(one, dict)
     ]
@@ -182,9 +186,9 @@ def timeline(run: RunReader, bars: int = BARS) -> dict[str, Any]:
     if whole.size:
         began = min(began, float(whole[0] - window[0]))
     phases = [
-        (float(event["time"]), visible(str(event["phase"])))
+        (when, visible(str(event["phase"])))
         for event in run.phases
-        if isinstance(event.get("time"), int | float)
+        if (when := number(event.get("time"))) is not None
     ]
     began, ended = min([began, *(t for t, _ in phases)]), max([ended, *(t for t, _ in phases)])
     edges = np.linspace(began, max(ended, began + 1e-3), bars + 1)

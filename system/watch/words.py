@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,20 +13,29 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def decoder(places: Sequence[Path]) -> Decode | None:
-    """Of the first of ``places``, directories in Hugging Face format, with a tokenizer; None without any."""
+    """Of the first of ``places``, directories in Hugging Face format, with a tokenizer that can be read; None
+    without any.
+    """
     for place in places:
-        if (place / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer
+        with contextlib.suppress(Exception):  # tokenizers raises just that for a file that is half there
+            if found := _decoder(place):
+                return found
+    return None
 
-            fast = Tokenizer.from_file(str(place / "tokenizer.json"))
-            return lambda ids: fast.decode(list(ids), skip_special_tokens=False)
-        if (place / "tokenizer_config.json").is_file():
-            from transformers import AutoTokenizer  # slow, and hundreds of MB
 
-            slow = AutoTokenizer.from_pretrained(place, local_files_only=True)
-            return lambda ids: slow.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+def _decoder(place: Path) -> Decode | None:
+    if (place / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        fast = Tokenizer.from_file(str(place / "tokenizer.json"))
+        return lambda ids: fast.decode(list(ids), skip_special_tokens=False)
+    if (place / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer  # slow, and hundreds of MB
+
+        slow = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        return lambda ids: slow.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
     return None
 
 

@@ -53,6 +53,18 @@ def test_a_torn_first_line_is_none(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"abo', "it may be something else of the user's"
 
 
+@pytest.mark.parametrize(
+    "odd", ['{"set": [1], "id": "b", "kind": "k", "sample": 0, "outcome": "stopped"}', "[" * 100_000]
+)
+def test_an_answer_of_nonsense_is_refused(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    with closing(AnswerFile(path, ABOUT)) as file:
+        file.add(answer("a"))
+    path.write_text(path.read_text() + odd + "\n")
+    with pytest.raises(ConfigError, match="holds no answers of an evaluation"):
+        AnswerFile(path, ABOUT)
+
+
 def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with closing(AnswerFile(path, ABOUT)) as file:

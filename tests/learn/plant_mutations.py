@@ -78,7 +78,7 @@ MISTAKES = [
     ("a turn off: the search for the fewest actions rounds down", "flow/guidance.py", "(self.works or self.most) + 1) // 2", "(self.works or self.most)) // 2"),
     ("sign: questions that are not hopeless are guided", "flow/guidance.py", "pool == Pool.HOPELESS", "pool != Pool.HOPELESS"),
     ("a guided tree that earned nothing counts as a success", "flow/guidance.py", "rate > 0", "rate >= 0"),
-    ("a guided tree is trained under the guide", "tree/builder.py", "_unsampled(name, self._trained)", "_unsampled(name, self._sampled[-self._trained.size :] if self.guide else self._trained)"),
+    ("a guided tree is trained under the guide", "tree/builder.py", "unsampled(name, self._trained, array)", "unsampled(name, self._sampled[-self._trained.size :] if self.guide else self._trained, array)"),
     ("the engine is blamed for the guide", "learn/objective.py", "fresh * (1 - t.guided)", "fresh * t.guided"),
     ("sign: an expert's turns learn from those who did badly", "tree/plan.py", "credit[expert, 1], credit[expert, 2] = 0,", "credit[expert, 0], credit[expert, 2] = 0,"),
     ("an expert's turns weigh by all leaves below", "tree/plan.py", "_praised(tree, a, w, total, per, hard)[expert]", "total[expert]"),

@@ -19,7 +19,7 @@ from tree_strategies import forests, grow
 
 from system.tree.record import ARRAYS, OPTIONAL, ToolCall, Tree, validate
 from system.tree.routes import no_routes
-from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_trees, to_table
+from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_tree, read_trees, to_table
 
 
 def _equal(left: Tree, right: Tree) -> None:
@@ -156,6 +156,19 @@ def test_a_torn_file_is_set_aside_by_the_next_writer(tmp_path: Path) -> None:
         writer.append(grow(7, 5)[0].close(1.0))
     assert len(list(read_trees(tmp_path))) == 3
     assert newest.with_name(f"{newest.name}.damaged").is_file()
+
+
+def test_a_file_damaged_within_is_named(tmp_path: Path) -> None:
+    """Arrow tells of some damage as an error of the system, without the file's name."""
+    with TreeWriter(tmp_path) as writer:
+        writer.append(grow(5, 5)[0].close(1.0))
+    (file,) = tmp_path.iterdir()
+    whole, inside = file.read_bytes(), b"ARROW:schema"
+    at = whole.index(inside) + len(inside) + 10
+    file.write_bytes(whole[:at] + b"A" * 50 + whole[at + 50 :])
+    for read in (lambda: list(read_trees(tmp_path)), lambda: read_tree([tmp_path], 0)):
+        with pytest.raises(StoreError, match=file.name):
+            read()
 
 
 def test_keeping_none_writes_nothing(tmp_path: Path) -> None:

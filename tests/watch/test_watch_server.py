@@ -250,6 +250,16 @@ async def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     await server.close()
 
 
+async def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    roots = [made_run(tmp_path / place, []).root for place in ("a", "b")]
+    server, address = await start(roots)
+    async with aiohttp.ClientSession() as session:
+        found = [run["name"] for run in await Page(address, session).api("runs")]
+    await server.close()
+    assert len({root.name for root in roots}) == 1
+    assert found == [str(root) for root in roots]
+
+
 def test_what_is_said_of_the_address() -> None:
     address = "http://127.0.0.1:8420/#key=abc"
     lines = told(address, local=True)
