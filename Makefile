@@ -25,6 +25,9 @@ SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
 PROMTOOL := .promtool/usr/bin/promtool
 
+# The files that hold tests of a mark: for a few of them, nobody imports all others.
+MARKED = $(shell grep -rlE --include='*.py' 'mark\.$(1)\b' tests | sort)
+
 .PHONY: install gpu sglang sglang-build verifiers bench-trl promtool train test test-sglang test-slurm test-verifiers test-browser \
   docs lint types house check clean help
 
@@ -136,20 +139,21 @@ test: install
 test-sglang: install
 	@$(MAKE) --no-print-directory sglang BUILD=$(SGLANG_BUILD:ask=cpu) || \
 	  echo "SKIP: SGLang cannot be installed into $(SGLANG) (see above): its tests are skipped by name"
-	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "sglang and not gpu" $(or $(ARGS),$(call MARKED,sglang))
 
 # With the real verifiers (skipped by name where it cannot be installed).
 test-verifiers: install
 	@$(MAKE) --no-print-directory verifiers || \
 	  echo "SKIP: verifiers cannot be installed into $(VERIFIERS) (see above): its tests are skipped by name"
-	$(BIN)/python -m pytest -m "verifiers and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "verifiers and not gpu" $(or $(ARGS),$(call MARKED,verifiers))
 
 test-slurm: install
-	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 -m "slurm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 -m "slurm and not gpu" \
+	  $(or $(ARGS),$(call MARKED,slurm))
 
 # The pages of `espalier watch` in Debian's chromium (skipped by name where it cannot be installed).
 test-browser: install
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/python -m pytest -m browser $(or $(ARGS),$(call MARKED,browser))
 
 # The documents as a site; mkdocs, whose pins pyproject.toml has, in an environment of its own, without Espalier.
 $(DOCS)/.installed: pyproject.toml

@@ -2,7 +2,8 @@
 
 A process that is stopped, a machine that is suspended or a call that holds the loop up: meanwhile no answer
 can be heard, so none is late for it.  Each event loop looks at its clock every ``TICK_S`` while anybody has a
-deadline; a look that comes ``LATE_S`` late tells that it stood still since the one before.
+deadline; a look that comes ``LATE_S`` late tells that it stood still since the one before.  A loop whose
+clock cannot stand still (:func:`never_stands_still`) need not look.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _ROUNDING_S = 1e-6  # of sums of times
 class _Clock:
     """One event loop's clock without its standstills."""
 
-    def __init__(self) -> None:
+    def __init__(self, looks: bool = True) -> None:
         self.timers = 0
-        self._ticking = False
+        self._looks, self._ticking = looks, False
         self._looked_s = self._stood_s = self._late = 0.0
 
     def awake_s(self, now_s: float) -> float:
@@ -49,7 +50,7 @@ class _Clock:
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """One more timer."""
         self.timers += 1
-        if not self._ticking:
+        if self._looks and not self._ticking:
             self.tick(loop)
 
     def _look(self, now_s: float) -> None:
@@ -67,6 +68,11 @@ def _clock(loop: asyncio.AbstractEventLoop) -> _Clock:
     if (clock := _clocks.get(loop)) is None:
         clock = _clocks[loop] = _Clock()
     return clock
+
+
+def never_stands_still(loop: asyncio.AbstractEventLoop) -> None:
+    """Say so of a loop's clock before anybody has a timer there: nobody looks at it every ``TICK_S``."""
+    _clocks[loop] = _Clock(looks=False)
 
 
 def awake_s() -> float:

@@ -26,7 +26,7 @@ DYNAMIC = {
 
 # What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
 ALIVE = {
-    "asyncio calls a loop's methods": "executor",
+    "asyncio calls a loop's methods, and reads it": "executor _clock_resolution",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
     "rich reads it": "min_width",

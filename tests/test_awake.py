@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from system import awake
 from system.awake import AwakeTimeout, AwakeTimer, awake_s
 from system.http import HttpClient, HttpError
 from system.serving import serve
-from system.twin.clock import run
+from system.twin.clock import run as run_virtually
 
 HOUR = 3600.0
+run = partial(run_virtually, stands_still=True)
 
 
 async def stand_still(after_s: float, seconds: float = HOUR) -> None:

@@ -28,7 +28,7 @@ from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import RunEvents, TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
 from system.http import Keys
-from system.learn.trainer import Trainer
+from system.learn import cpu
 from system.rollout import process
 from system.rollout.context import RolloutContext, build_context
 from system.rollout.failure import RolloutFailed
@@ -42,6 +42,9 @@ from system.tree.pack import pack_share
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
+
+with cpu.quick_import():  # a study makes many runs, and each imports it
+    from system.learn.trainer import Trainer
 
 
 class Solo:

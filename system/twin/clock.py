@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import selectors
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
+from system.awake import never_stands_still
 from system.errors import EspalierError
 
 T = TypeVar("T")
+_RESOLUTION_S = 1e-9
 
 
 class Deadlock(EspalierError, RuntimeError):
@@ -46,9 +50,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     Raises :class:`Deadlock` out of ``run_until_complete`` when nothing is ready and nothing is scheduled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stands_still: bool = False) -> None:
+        """``stands_still``: whether a test may put the clock forward, past what it is to do."""
         self._now = 0.0
         super().__init__(_NeverBlocks(self._advance))
+        if not stands_still:
+            never_stands_still(self)
 
     def time(self) -> float:
         return self._now
@@ -57,6 +64,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if timeout is None:
             raise Deadlock(f"at t={self._now:g} s no task is ready and no timer is pending")
         self._now += max(timeout, 0.0)
+        # The loop calls what is due before now and this: of large numbers it must not be lost in rounding.
+        self._clock_resolution = max(_RESOLUTION_S, math.ulp(self._now))
 
     def run_in_executor(  # type: ignore[override]  # the base class promises a future of the same kind
         self, executor: Any, func: Callable[..., T], *args: Any
@@ -69,9 +78,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return future
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` in virtual time: run ``main`` to its end, cancel what it left, return its result."""
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+def run(main: Coroutine[Any, Any, T], stands_still: bool = False) -> T:
+    """``asyncio.run`` in virtual time: run ``main`` to its end, cancel what it left, return its result.
+    ``stands_still``: as :class:`VirtualTimeLoop` has it.
+    """
+    with asyncio.Runner(loop_factory=partial(VirtualTimeLoop, stands_still)) as runner:
         return runner.run(main)
 
 

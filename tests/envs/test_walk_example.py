@@ -48,11 +48,17 @@ def test_the_demonstrations_walk_as_the_environment_does(here: None) -> None:
             assert syntax.render_result(answer.messages[0].text) == told
 
 
+@pytest.fixture(scope="module")
+def began(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the model stands that every run begins with: the first makes it."""
+    return tmp_path_factory.mktemp("began")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fork", ["deepcopy", "replay"])
 def test_it_is_learned_with_forks(
-    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: str
+    here: None, began: Path, monkeypatch: pytest.MonkeyPatch, fork: str
 ) -> None:
     """Evaluations beside the training have worlds of their own.  (The expert's habit, taken for certain, does
     not arrive.)
@@ -61,7 +67,7 @@ def test_it_is_learned_with_forks(
     monkeypatch.setattr(walk.City, "fork", fork)
     words = ["task.train_size=1024", "task.eval_size=60", "eval.questions=60", "learn.tp=1"]
     config = load("walk.yaml", words)
-    found = measure(config, Trial("walk.yaml", words, "", 24, 12, str(tmp_path), ""))
+    found = measure(config, Trial("walk.yaml", words, "", 24, 12, str(began), ""))
     accuracy = [point["accuracy"] for point in found["points"]]
     assert accuracy[0] < 0.3, found["points"]
     assert accuracy[-1] > 0.8, found["points"]

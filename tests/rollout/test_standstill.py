@@ -59,7 +59,7 @@ def test_no_deadline_of_a_tree_counts_it(where: str) -> None:
 
     world = make_world(script, tool, policy=Never(4), leaves=4, roots=4, **LIMITS)
     scoring = Scoring([Scorer(Slow(), ChosenReward(name="slow", run="loop"))], close_deadline_s=10.0)
-    tree = run(TreeRollout(replace(world.context, scoring=scoring), PROMPT, seed=1).run())
+    tree = run(TreeRollout(replace(world.context, scoring=scoring), PROMPT, seed=1).run(), stands_still=True)
     assert stood == [where]
     assert tree.outcome.tolist() == [Outcome.STOPPED] * 4
     assert tree.reward.tolist() == [1.0] * 4
@@ -78,7 +78,7 @@ def test_none_of_it_is_spent_in_a_saved_tree(tmp_path: Any) -> None:
         growing.cancel()
         return kept
 
-    (tmp_path / "tree").write_bytes(run(saved()))
+    (tmp_path / "tree").write_bytes(run(saved(), stands_still=True))
     with safe_open(tmp_path / "tree", "numpy") as file:
         kept = json.loads(file.metadata()["tree"])
     spent = [kept["spent_s"], *(branch["spent_s"] for branch in kept["live"])]

@@ -99,9 +99,9 @@ def test_budget_identity_under_random_tools_failures_and_deadlines(data: st.Data
         call_limit=call_limit,
         schedule=schedule,
         max_response_tokens=int(chaos.integers(20, 200)),
-        generate_deadline_s=20.0 if short else 1e4,
-        branch_deadline_s=40.0 if short else 1e5,
-        tree_deadline_s=60.0 if short else 1e6,
+        generate_deadline_s=20.0 if short else 1e6,
+        branch_deadline_s=40.0 if short else 1e7,
+        tree_deadline_s=60.0 if short else 1e8,
     )
 
     for _ in range(16):  # what eager growth calls usual: from 2 s on, calls are late

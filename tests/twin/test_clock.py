@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from system.awake import AwakeTimeout
 from system.twin.clock import Deadlock, VirtualTimeLoop, run
 
 
@@ -20,6 +21,17 @@ def test_a_day_passes_in_no_time() -> None:
     began = time.perf_counter()
     assert run(main()) == 86_400 * 3.5
     assert time.perf_counter() - began < 5.0
+
+
+def test_nobody_looks_whether_it_stands_still() -> None:
+    """Which would be once each quarter of a second: of a century, 12 billion looks."""
+
+    async def main() -> float:
+        async with AwakeTimeout(4e9) as limit:
+            await asyncio.sleep(3e9)
+            return limit.left_s
+
+    assert run(main()) == 1e9
 
 
 def test_timers_fire_in_order_of_time_then_of_scheduling() -> None:
