@@ -14,7 +14,7 @@ from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
 class LearnConfig:
     """The learner: its parallel layout, credit, objective and optimizer."""
 
-    tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
+    tp: int = setting(1, "tensor parallel: ranks that share every layer", least=1)
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
     cp: int = setting(1, "context parallel: ranks that a micro-batch's tokens are spread over", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)

@@ -161,6 +161,8 @@ def _accuracy(ax: Axes, records: Records) -> None:
                 ha="center",
                 fontsize=8,
                 color=RED,
+                zorder=5,  # above the curves, which would strike it through
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
             )
     ax.set_ylim(-0.02, 1.1)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
