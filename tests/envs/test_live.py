@@ -393,7 +393,7 @@ class Away(Chains):
 
     async def open(self, start: Start) -> World:
         world = await super().open(start)
-        tell = world.result
+        tell: Any = world.result
 
         async def result() -> Any:
             self.times -= 1
