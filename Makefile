@@ -135,13 +135,11 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  -m "not gpu and not sglang and not slurm and not verifiers and not browser" $(ARGS)
 
-# Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.  Most of
-# it is servers that start, each on one core: those of two files at once.
+# Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
 test-sglang: install
 	@$(MAKE) --no-print-directory sglang BUILD=$(SGLANG_BUILD:ask=cpu) || \
 	  echo "SKIP: SGLang cannot be installed into $(SGLANG) (see above): its tests are skipped by name"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "sglang and not gpu" \
-	  $(or $(ARGS),$(call MARKED,sglang))
+	$(BIN)/python -m pytest -m "sglang and not gpu" $(or $(ARGS),$(call MARKED,sglang))
 
 # With the real verifiers (skipped by name where it cannot be installed).
 test-verifiers: install
