@@ -31,6 +31,7 @@ class Watched:
     options: Mapping[str, Any]  # of its place: where a process that kills it has to run
     returns: bool  # Ray starts it again; without one that does not, the run cannot go on
     spare: bool = False  # the run goes on without it, whether it is back or not
+    server_s: float = 0.0  # how much longer a server of its own may take (engine.start_deadline_s)
 
 
 @dataclass(slots=True)
@@ -43,8 +44,8 @@ class _Pulse:
 class Heartbeats:
     """Watches actors until cancelled.
 
-    ``silent_s``: how long one may be silent.  ``return_s``: how long one may take to be back.  An actor that
-    is taken out of ``actors`` is watched no more.
+    ``silent_s``: how long one may be silent.  ``return_s``: how long one may take to be back, but for its
+    server.  An actor that is taken out of ``actors`` is watched no more.
     """
 
     def __init__(
@@ -85,18 +86,19 @@ class Heartbeats:
                 pulse.heard, pulse.pid = now, pid
             elif pulse.pid:  # its process is gone
                 pulse.heard, pulse.pid = now, 0
-        silent = now - pulse.heard
+        silent, return_s = now - pulse.heard, self._return_s + one.server_s
         if pulse.pid and silent > self._silent_s:
             self._tell(f"{name} has been silent for {silent:.0f} s: killed")
             await _kill(one, pulse.pid)
             pulse.heard, pulse.pid = now, 0
             if not one.returns:
                 raise ActorLost(f"{name} was silent for {silent:.0f} s (cluster.silent_s)")
-        elif not pulse.pid and silent > self._return_s and one.spare:
-            self._tell(f"{name}: not back within {self._return_s:.0f} s; the run goes on without it")
+        elif not pulse.pid and silent > return_s and one.spare:
+            self._tell(f"{name}: not back within {return_s:.0f} s; the run goes on without it")
             pulse.heard = now
-        elif not pulse.pid and silent > self._return_s:
-            raise ActorLost(f"{name}: not back within {self._return_s:.0f} s (cluster.start_deadline_s)")
+        elif not pulse.pid and silent > return_s:
+            settings = "cluster.start_deadline_s" + (" + engine.start_deadline_s" if one.server_s else "")
+            raise ActorLost(f"{name}: not back within {return_s:.0f} s ({settings})")
 
 
 async def _beat(actor: Any) -> int:

@@ -187,6 +187,7 @@ class RunActors:
     pool: RolloutPool
     learner: LearnerGroup
     places: Placement
+    engine_start_s: float  # engine.start_deadline_s
 
     @classmethod
     async def start(
@@ -214,13 +215,20 @@ class RunActors:
             growing = starting.create_task(
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve(), arrivals)
             )
-        return cls(growing.result(), learner, places)
+        return cls(growing.result(), learner, places, config.engine.start_deadline_s)
 
     def watched(self) -> dict[str, Watched]:
         """Every actor that has to answer heartbeats; a learner rank that is lost ends the run."""
         back = self.pool.workers | self.pool.servers
         spare = it.workers | it.servers if (it := self.pool.evaluation) else {}
+        engines = self.pool.engines.keys() | (it.engines.keys() if it else ())
         return {
-            name: Watched(actor, self.places[name].options, name not in self.learner.ranks, name in spare)
+            name: Watched(
+                actor,
+                self.places[name].options,
+                returns=name not in self.learner.ranks,
+                spare=name in spare,
+                server_s=self.engine_start_s if name in engines else 0.0,
+            )
             for name, actor in (back | self.learner.ranks | spare).items()
         }

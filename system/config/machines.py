@@ -26,7 +26,7 @@ class ClusterConfig:
     )
     start_deadline_s: float = setting(
         180.0,
-        "for an actor to come up, or back after it was lost (engines: engine.start_deadline_s)",
+        "for an actor to come up, or back after it was lost (an engine: engine.start_deadline_s more)",
         least=1,
     )
     call_deadline_s: float = setting(

@@ -294,3 +294,15 @@ async def test_what_can_be_spared_ends_no_run_by_staying_away() -> None:
     assert not watch.done()
     assert said[0] == "eval-engine-0: not back within 0 s; the run goes on without it"
     watch.cancel()
+
+
+async def test_an_engine_has_its_servers_time_to_be_back() -> None:
+    async def gone() -> int:
+        raise RayError
+
+    actor = SimpleNamespace(beat=SimpleNamespace(remote=gone))
+    beats = Heartbeats(lambda: {"engine-0": Watched(actor, {}, True, server_s=1.0)}, 0.1, 0.2, pytest.fail)
+    began = time.monotonic()
+    with pytest.raises(ActorLost, match=r"not back .*cluster.start_deadline_s \+ engine.start_deadline_s"):
+        await beats.watch()
+    assert time.monotonic() - began > 1.2

@@ -27,7 +27,6 @@ SETTINGS = (
     "engine.weights=distributed",
     "engine.max_running=16",
     f"engine.start_deadline_s={WAIT_S}",
-    f"cluster.start_deadline_s={WAIT_S}",  # so long may one that was killed take to be back
     "warmstart.steps=10",
     "warmstart.demos=100",
     "eval.questions=2",
